@@ -8,11 +8,11 @@ from t5x_inference_ext.engine.admission import CheckedRequest
 from t5x_inference_ext.engine.request import Event, Request
 from t5x_inference_ext.engine.stats import SchedulerStats
 from t5x_inference_ext.server.driver import Driver
+from t5x_inference_ext.server.lockstep import StepInbox
 from t5x_inference_ext.server.options import ServerOptions
 from t5x_inference_ext.server.request_log import RequestLog
 from t5x_inference_ext.server.service import Facts, Service
 from t5x_inference_ext.server.translation import Translator
-from t5x_inference_ext.server.lockstep import StepInbox
 from t5x_inference_ext.text.settings import TextSettings
 
 VOCAB_SIZE = 384

@@ -135,8 +135,8 @@ class ConventionSources:
       return found or requested
     if requested.value != found.value:
       raise CheckpointError(
-        f'{name}={requested.value} was {requested.source}, but it is {found.value} by {found.source}: '
-        f'leave {name} out, or change its value there'
+        f'{name}={requested.value} was {requested.source}, but it is {found.value} by '
+        f'{found.source}: leave {name} out, or change its value there'
       )
     return found
 

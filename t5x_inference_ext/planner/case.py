@@ -133,8 +133,8 @@ class PassCase:
   def collectives(self) -> tuple[list[Collective], list[Collective]]:
     """The collectives of one layer, and the collectives of lookup, final norm and logits."""
     arguments = self.config, self.sharding, axis_sizes(self.mesh), self.batch, self.padded
-    # logits_collectives takes the prefill layout, which decides how rows are split for sampling. Any
-    # layout that can share weights with the prefill's splits them in the same way, so pass this
+    # logits_collectives takes the prefill layout, which decides how rows are split for sampling.
+    # Any layout that can share weights with prefill's splits the rows in the same way, so pass this
     # one.
     return (
       traffic.layer_collectives(*arguments, ACTIVATION_BYTES, WEIGHT_BYTES[self.weights]),

@@ -18,12 +18,12 @@ from t5x_inference_ext.server.api_errors import invalid
 from t5x_inference_ext.server.bodies import ChatBody, CompletionBody, GenerationBody, validated
 from t5x_inference_ext.server.body_reading import read_json
 from t5x_inference_ext.server.forms import ChatForm, CompletionForm, usage
+from t5x_inference_ext.server.lockstep import PromptToScore
 from t5x_inference_ext.server.receipts import ReceiptWriter
 from t5x_inference_ext.server.response_formats import grammar_of
 from t5x_inference_ext.server.service import Service
 from t5x_inference_ext.server.streaming import EventStream
 from t5x_inference_ext.server.translation import first_seed, refused, size_of
-from t5x_inference_ext.server.lockstep import PromptToScore
 from t5x_inference_ext.server.waiting import Deadline, in_time
 
 # Prompts of more bytes are tokenized in another thread, so that the event loop is not blocked.

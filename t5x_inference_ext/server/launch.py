@@ -31,11 +31,11 @@ from t5x_inference_ext.server.access import is_loopback, read_keys
 from t5x_inference_ext.server.bodies import MAX_TOP
 from t5x_inference_ext.server.driver import Driver
 from t5x_inference_ext.server.http_server import HttpServer, bind
+from t5x_inference_ext.server.lockstep import StepInbox
 from t5x_inference_ext.server.options import NOT_SERVED, ServerOptions
 from t5x_inference_ext.server.request_log import RequestLog
 from t5x_inference_ext.server.service import Facts, Service
 from t5x_inference_ext.server.translation import Translator
-from t5x_inference_ext.server.lockstep import StepInbox
 from t5x_inference_ext.text.settings import TextSettings
 from t5x_inference_ext.text.vocabulary_files import choose_settings
 

@@ -67,12 +67,13 @@ def torus_mesh(
 ) -> MeshShape:
   """Return the torus_meshes mesh on which a ws_2d decode step spends the least time on links.
 
-  The time counts the collectives of one layer (traffic.layer_collectives), with as many rows as chips, by
-  the bytes through the busiest link (links.bytes_through_a_link). Hops are not counted, because all
-  meshes have equally many. A larger X reduces the bytes of features that are sent, and increases
-  those of columns, which travel along x, the axis with the fewest links. X = 1, where ws_2d equals
-  ws_1d, is chosen only if splitting two dimensions sends more bytes (section 3.2.2). Among equally
-  good meshes, the function prefers whole physical axes, then Y and Z as equal as possible.
+  The time counts the collectives of one layer (traffic.layer_collectives) with as many rows as
+  chips, by the bytes through the busiest link (links.bytes_through_a_link). Hops are not counted,
+  because all meshes have equally many. A larger X reduces the bytes of features that are sent, and
+  increases those of columns, which travel along x, the axis with the fewest links. X = 1, where
+  ws_2d equals ws_1d, is chosen only if splitting two dimensions sends more bytes (section 3.2.2).
+  Among equally good meshes, the function prefers whole physical axes, then Y and Z as equal as
+  possible.
 
   The function does not check that the chips divide the model.
 

@@ -315,7 +315,7 @@ def test_model_config_and_limits(command, greedy, tmp_path):
   ],
 )
 def test_bad_macros(command, monkeypatch, tmp_path, macros, says):
-  """ResolvedOption before weights are loaded, or a directory made."""
+  """Said before weights are loaded, or a directory made."""
 
   def load(*_, **__):
     raise AssertionError('weights were loaded')

@@ -676,7 +676,7 @@ def test_bad_flags(complaint, flags, says):
   ],
 )
 def test_more_memory_than_there_is(complaint, flags):
-  """ResolvedOption before weights load. On CPU the system would kill a run that takes all memory."""
+  """Said before weights load. On CPU the system would kill a run that takes all memory."""
   error = complaint('{"prompt": "a"}\n', '--mesh=1x1x1', *flags)
   assert re.search(r'too little memory: a cache of \d+ rows .* and the devices have', error)
 

@@ -1,9 +1,9 @@
 """Writing of T5X's checkpoint format: float32, or int8 with flaxformer's names qkernel and qscale.
 
-If the arrangement of the weights' original tree is known (flaxformer.ParsedModel.form, which serving
-checkpoints record), the output has the same arrangement. Otherwise it has flaxformer's usual one:
-scanned layers, of ParallelFusedDecoderLayer if that layer can represent the model, else of
-DecoderLayer with split heads.
+If the arrangement of the weights' original tree is recorded (flaxformer.ParsedModel.form, which
+serving checkpoints record), the output has the same arrangement. Otherwise it has flaxformer's
+usual one: scanned layers, of ParallelFusedDecoderLayer if that layer can represent the model, else
+of DecoderLayer with split heads.
 """
 
 from collections.abc import Iterator, Sequence
