@@ -8,11 +8,11 @@ from t5x_inference_ext.engine.admission import CheckedRequest
 from t5x_inference_ext.engine.request import Event, Request
 from t5x_inference_ext.engine.stats import SchedulerStats
 from t5x_inference_ext.server.driver import Driver
+from t5x_inference_ext.server.lockstep import StepInbox
 from t5x_inference_ext.server.options import ServerOptions
 from t5x_inference_ext.server.request_log import RequestLog
 from t5x_inference_ext.server.service import Facts, Service
 from t5x_inference_ext.server.translation import Translator
-from t5x_inference_ext.server.turns import TurnInbox
 from t5x_inference_ext.text.settings import TextSettings
 
 VOCAB_SIZE = 384
@@ -30,7 +30,7 @@ class StubScheduler:
   """
 
   def __init__(
-    self, inbox: TurnInbox, slots: int = 32, seconds: float = 0.0, fails_at: int = 0
+    self, inbox: StepInbox, slots: int = 32, seconds: float = 0.0, fails_at: int = 0
   ) -> None:
     self._inbox, self._slots, self._seconds, self._fails_at = inbox, slots, seconds, fails_at
     self._waiting: list[tuple[int, int, int]] = []  # request, sample, tokens left
@@ -110,7 +110,7 @@ def stub_service(
 ) -> Service:
   """Return a service over a StubScheduler; `stub` are further arguments of it."""
   options = options or ServerOptions(port=0)
-  inbox = TurnInbox()
+  inbox = StepInbox()
   scheduler: Any = StubScheduler(inbox, **stub)
   settings = TextSettings(
     'bytes', chat_template='{% for m in messages %}{{ m.content }}{% endfor %}'

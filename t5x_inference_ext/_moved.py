@@ -19,7 +19,7 @@ _PACKAGES = {
   'layouts': 'sharding',
   'serving': 'runs',
 }
-# Old names of modules that gin files, documentation and scripts may use.
+# Old name of a module, which gin files, documentation and scripts may use -> its new name.
 _MODULES = {
   'command': 'commands.cli',
   'decoding.cache': 'model.cache',

@@ -1,9 +1,9 @@
 """The commands' persistent compilation cache: compiled programs in files, for later runs.
 
-jax finds a program by a hash of its code, the compiler's options and the version. But jax does not
-write its files atomically, and they have no checksum: a truncated file stays, and every later run
-fails. Here each file has a checksum, is renamed to its final name when it is complete, and is
-removed if it is damaged. Errors of the directory never end a run.
+jax finds a program by a hash of its code, the compiler's options and the versions. But jax's own
+files are not written atomically and have no checksum, so a truncated file makes every later run
+fail. Here each file has a checksum, is renamed to its final name when it is complete, and is
+removed if it is damaged. Errors of the directory do not end a run.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ import warnings
 from t5x_inference_ext.options import check_options, option
 from t5x_inference_ext.text_format import decimal_bytes
 
-MOST_BYTES = 4 * 10**9  # beyond this, the least recently used files are removed
-LEAST_SECONDS = 0.1  # programs that compile faster are not kept
+MOST_BYTES = 4 * 10**9  # maximum total bytes; beyond, the least recently used files are removed
+LEAST_SECONDS = 0.1  # programs that compile in less time are not kept
 GROUP = 'Sharding, memory and compilation'
 _SUFFIX = '.program'
 _CHECKSUM_BYTES = 32  # SHA-256, at the beginning of a file
@@ -44,7 +44,7 @@ class CacheOptions:
 
 
 class ProgramFiles:
-  """Compiled programs in a directory, in the form of jax's CacheInterface.
+  """Compiled programs in a directory: an implementation of jax's CacheInterface.
 
   Several processes may use the directory at once.
 
@@ -54,12 +54,12 @@ class ProgramFiles:
 
   Attributes:
     count: Number of programs found in the directory.
-    size: Total bytes of these programs.
-    failed: Whether the directory could not be used, and `warn` was called.
+    size: Total bytes of the programs found.
+    failed: Whether the directory can't be used. `warn` was then called.
   """
 
   def __init__(self, directory: str, warn: Callable[[str], None]) -> None:
-    # jax prints the attribute _path in messages.
+    # jax reads the attribute _path for its messages.
     self._path = self._directory = pathlib.Path(directory)
     self._warn, self.failed = warn, False
     self.count = self.size = 0
@@ -82,7 +82,7 @@ class ProgramFiles:
       if hashlib.sha256(program).digest() != checksum:
         path.unlink()
         return None
-      os.utime(path)  # record the time of its last use
+      os.utime(path)  # record the time of the file's last use
     return program if hashlib.sha256(program).digest() == checksum else None
 
   def put(self, key: str, value: bytes) -> None:
@@ -98,10 +98,10 @@ class ProgramFiles:
         raise
 
   def clear(self) -> None:
-    """Do nothing: only jax's own tests clear a cache."""
+    """Do nothing. Only jax's own tests clear a cache."""
 
   def _remove_oldest(self) -> None:
-    """Remove the least recently used programs beyond MOST_BYTES, and count the remaining ones."""
+    """Remove the least recently used programs beyond MOST_BYTES; set count and size of the rest."""
     found = []
     for path in self._directory.glob(f'*{_SUFFIX}'):
       with contextlib.suppress(FileNotFoundError):  # another process removed it
@@ -121,7 +121,7 @@ class ProgramFiles:
       self._say(verb, error)
 
   def _say(self, verb: str, error: OSError) -> None:
-    """Warn about the directory, but only once: it will keep failing."""
+    """Warn about the directory, only once, since it will keep failing."""
     if not self.failed:
       self.failed = True
       self._warn(
@@ -150,8 +150,8 @@ def use_compilation_cache(options: CacheOptions, say: Callable[[str], None]) -> 
     say('compilation cache: none')
     return
   directory = os.path.abspath(directory or default_directory())
-  # CPU programs contain instructions of this processor; a shared home directory may be used with
-  # others.
+  # A CPU program has instructions of one kind of processor, but machines with different processors
+  # may share a home directory: so the processor is part of the path.
   directory = os.path.join(directory, f'jax-{jax.__version__}-{_processor()}')
   files = ProgramFiles(directory, say)
   jax.config.update('jax_compilation_cache_dir', directory)
@@ -175,7 +175,7 @@ def default_directory() -> str:
 
 
 def _install(files: ProgramFiles) -> None:
-  """Make jax use `files`; a version of jax that does not allow it keeps using its own files."""
+  """Make jax use `files`. A version of jax without this hook keeps using its own files."""
   with contextlib.suppress(ImportError, AttributeError):
     import jax._src.compilation_cache as module
 
@@ -183,7 +183,7 @@ def _install(files: ProgramFiles) -> None:
     cache.get_file_cache  # noqa: B018  # an AttributeError, if there is none
     cache.reset_cache()
     cache.get_file_cache = lambda path: (files, path)
-  # If a program can't be loaded again, it is compiled; silence jax's long warning about that.
+  # A program that can't be loaded is compiled. Silence jax's long warning about it.
   warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
 
 
@@ -191,7 +191,7 @@ def _processor() -> str:
   """Return a short name of this processor's kind and instructions."""
   try:
     with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
-      # The entry of the first processor, without fields that vary: clock and number.
+      # The entry of the first core, without the fields that vary: clock and number.
       lines = file.read().partition('\n\n')[0].splitlines()
   except OSError:
     lines = [platform.processor()]

@@ -1,14 +1,15 @@
-"""Options of the compiler for each kind of device, the same for every program of this package.
+"""Compiler options for each kind of device, equal for all programs of this package.
 
-`infer`, the server, the T5X adapter and precompile all take them from here, so that what precompile
-reports is what runs.
+`infer`, the server, the T5X adapter and precompile all use them, so that precompile's reports hold
+for the programs that run.
 """
 
 import jax
 
-# Each turns a collective into a start and an end with other work between them. Without them v4 and
-# v5p run all-gathers and all-to-alls synchronously (docs/tpu_v4_tuning.md has the times). v5e and
-# v6e run all-gathers asynchronously by themselves; v5e refuses asynchronous all-to-alls.
+# Each option makes a collective asynchronous: a start and an end, with other work between. Without
+# the options, v4 and v5p run all-gathers and all-to-alls synchronously (docs/tpu_v4_tuning.md has
+# the times). By default v5e and v6e run all-gathers asynchronously. v5e does not support
+# asynchronous all-to-alls.
 _ASYNCHRONOUS: dict[str, str | bool] = {
   'xla_enable_async_all_gather': True,
   'xla_tpu_enable_async_all_to_all': True,

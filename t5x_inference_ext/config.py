@@ -36,7 +36,7 @@ class BlockPart:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder: its sizes and features. docs/models.md lists the features by family.
+  """Sizes and features of a decoder. docs/models.md lists the features by family.
 
   The defaults are PaLM's: parallel block, multiquery attention, SwiGLU, RMS norm, rotary positions,
   tied head, no biases. Each attribute lists the model families that use each value.
@@ -87,12 +87,12 @@ class ModelConfig:
     qkv_clip: Queries, keys and values are clipped to +- this value, or None (OLMo, some MPT).
     attention_soft_cap: Attention logits x become cap * tanh(x / cap); None: unchanged. 50 in Gemma
       2.
-    logit_soft_cap: The soft cap of logits, applied likewise. 30 in Gemma 2.
+    logit_soft_cap: Soft cap of the model's logits, like attention_soft_cap. 30 in Gemma 2.
     positions: 'rotary'; 'alibi' (BLOOM, MPT, Falcon-RW); 'learned', a table that is added to the
       embedding (GPT-2, OPT, StarCoder); 'relative', T5's bias by distance, one table for all layers
       (T5X's decoders); or 'none'.
-    rotary_dims: Rotary positions rotate the first this many dimensions of a head, by halves (Phi,
-      GPT-NeoX, GPT-J, StableLM 2). None: all.
+    rotary_dims: Number of dimensions of a head, from the first on, that rotary positions rotate, by
+      halves (Phi, GPT-NeoX, GPT-J, StableLM 2). None: all.
     rope_scaling: Change of rotary frequencies: 'none'; 'linear', all divided by rope_factor; or
       'llama3', those of long wavelengths divided (Llama 3.1 and later).
     rope_factor, rope_low_factor, rope_high_factor, rope_original_length: Parameters of
@@ -102,16 +102,16 @@ class ModelConfig:
     global_rotary: Whether global layers have rotary positions; False only in Command-R7B.
     xpos_scale_base: Positions over which xPos decays, or None: plain rotary. 512 in lucidrains'
       PaLM.
-    alibi_slopes: 'bloom' (BLOOM, MPT); 'falcon', in bfloat16 and divided by sqrt(Q) as logits are
-      (Falcon-RW); 'falcon_eager', twice that, which is what transformers computes for Falcon-RW
-      with eager attention: its mask holds the bias too.
+    alibi_slopes: 'bloom' (BLOOM, MPT); 'falcon', in bfloat16 and divided by sqrt(Q) like the logits
+      (Falcon-RW); 'falcon_eager', twice 'falcon', as transformers computes Falcon-RW with eager
+      attention, whose mask also holds the bias.
     alibi_max: Slopes are powers of two down to 2**-alibi_max: 8 in all but some MPT models.
     num_positions: Rows of the learned table of positions.
     relative_buckets, relative_max_distance: Parameters of T5's relative bias.
     embedding_norm: Whether a norm follows the embedding (BLOOM).
     layer_pattern: Kinds of layers, repeated over all layers: 'global' layers attend to all
       positions, 'local' ones to the last `window`. ('local',) in Mistral v0.1, ('local', 'global')
-      in Gemma 2, five local ones to one global one in Gemma 3, three in Command-R7B.
+      in Gemma 2, five local layers and one global in Gemma 3, three and one in Command-R7B.
     window: Positions that a token of a local layer attends to, itself included.
 
   Raises:
@@ -197,7 +197,7 @@ class ModelConfig:
 
   @property
   def features(self) -> dict[str, Any]:
-    """Fields that are not the default: the features in which the model differs from PaLM."""
+    """Features in which the model differs from PaLM: the fields without their default value."""
     fields = dataclasses.fields(self)[_RECORDED:]
     return {f.name: v for f in fields if (v := getattr(self, f.name)) != f.default}
 

@@ -1,9 +1,9 @@
-"""Several processes that run one program, each with its own devices: joining, and agreement.
+"""Several processes that run one program, each with its own devices: join, exchange, agree.
 
-Every computation over the mesh needs all processes, so all of them take the same steps. A step that
-can fail in only one process (reading a file that it lacks, writing the output in process 0) ends
-with an exchange, so that all processes learn of the error and end. With a single process these
-functions cost nothing.
+Every computation over the mesh needs all processes, so all of them take equal steps. If a step can
+fail in a single process (reading a file that it lacks, writing the output in process 0), the step
+ends with an exchange, through which all processes learn of the error and end. With a single process
+these functions cost nothing.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -25,19 +25,19 @@ from t5x_inference_ext.errors import MeshError, RequestError, UserError
 from t5x_inference_ext.rendezvous import AUTO, ProcessOptions
 
 TIMEOUT_SECONDS = 120  # limit on waiting for the other processes
-# Seconds that a finished process waits for the others, since tf.data takes up to a minute to drop
-# an iterator.
+# Seconds that a finished process waits for the others: tf.data takes up to a minute to drop an
+# iterator.
 SHUTDOWN_SECONDS = 120
-# Milliseconds that a process waits for a message. Long, since process 0 may be idle for a day.
+# Milliseconds that a process waits for a message; long, because process 0 may be idle for a day.
 _MESSAGE_MS = 86_400_000
-# Attribute that marks an error that all processes know; it is not exchanged again.
+# Attribute of errors that all processes know, which need no exchange.
 _EXCHANGED = '_exchanged'
 
 _T = TypeVar('_T')
 
 
 def initialize(processes: ProcessOptions, *, timeout: float = TIMEOUT_SECONDS) -> None:
-  """Join this process to the others of its run. Must be called before jax looks for devices.
+  """Join this process to the others of its run; to be called before jax looks for devices.
 
   Args:
     processes: The coordinator's address, the number of processes, and the index of this one. With
@@ -86,7 +86,7 @@ def is_main() -> bool:
 
 
 def check_mesh(mesh: jax.sharding.Mesh) -> None:
-  """Raise MeshError if the mesh has no device of some process, which could then not take part."""
+  """Raise MeshError if a process has no device in the mesh: it could not take part."""
   idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
   if idle:
     raise MeshError(
@@ -97,7 +97,7 @@ def check_mesh(mesh: jax.sharding.Mesh) -> None:
 
 
 def exchange(make: Callable[[], _T]) -> list[_T]:
-  """Return the value of `make` in each process, by process index. All processes must call it.
+  """Return the values of `make` from all processes, by process index. All must call this.
 
   Args:
     make: Returns a JSON-ready value.
@@ -111,7 +111,7 @@ def exchange(make: Callable[[], _T]) -> list[_T]:
   value, error = None, None
   try:
     value = make()
-  except Exception as e:  # after any error, the other processes must not wait for this one
+  except Exception as e:  # any error: the other processes must not wait for this one
     error = e
   answers = [json.loads(text) for text in _gather(json.dumps([_message(error), value]))]
   if error is not None:
@@ -148,7 +148,7 @@ def check_same(**parts: Any) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Run a block in every process. If it raises in one process, raise in all processes."""
+  """Context manager: if the block raises in one process, raise in all processes."""
   try:
     yield
   except Exception as error:
@@ -160,7 +160,7 @@ def together() -> Iterator[None]:
 
 
 def lockstep(items: Iterable[_T], key: Callable[[_T], Any] = lambda item: None) -> Iterator[_T]:
-  """Yield items in step with the other processes, checking that their items are equal.
+  """Yield items in lockstep with the other processes, after checking that all have equal items.
 
   Args:
     items: The items of this process.
@@ -197,7 +197,7 @@ def _digest(value: Any) -> str:
 
 
 def _gather(text: str) -> list[str]:
-  """Return the texts of all processes. Texts are padded to a few sizes, to save compilations."""
+  """Return the texts of all processes. They are padded to a few sizes, to save compilations."""
   data = np.frombuffer(text.encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.asarray(len(data), np.int32))
   width = -(-int(sizes.max()) // 1024) * 1024
@@ -223,11 +223,11 @@ def _raise(error: Exception) -> None:
 class Messages:
   """Sends bytes from process 0 to the others, in order, between hosts; devices are not involved.
 
-  Messages go through jax's coordination service. After every SERIES messages all processes wait for
-  each other once, and process 0 removes the messages that all have read.
+  Messages are stored in jax's coordination service. After every SERIES messages there is a barrier,
+  and process 0 deletes the messages, which all processes have read.
 
   Args:
-    name: Name of the messages, unique in the run.
+    name: Name of this sequence of messages, unique in the run.
   """
 
   SERIES = 512

@@ -1,4 +1,4 @@
-"""Errors for users: one sentence with the problem, its place and the fix.
+"""Errors for users. A message is one sentence: the problem, its place and the fix.
 
 Commands print the sentence and exit with 2.
 """
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import itertools
 import reprlib
 
-# Longer messages (with many or long names) are cut here, to stay readable on a terminal.
+# Maximum length of a message, to stay readable on a terminal; longer ones are cut.
 _MAX_MESSAGE = 10_000
 
 
@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 class CheckpointError(UserError):
-  """A checkpoint that can't be read, or is not the one that the model needs.
+  """A checkpoint that can't be read, or does not fit the model.
 
   Messages quote text from a checkpoint's files, so control characters are escaped.
   """
@@ -44,6 +44,6 @@ def printable(text: object, limit: int = 300) -> str:
 
 
 def name_list(names: Iterable[str], count: int, limit: int = 12) -> str:
-  """Return a message's text for `count` names: the first `limit`, and how many more there are."""
+  """Return text for a message: the first `limit` of `count` names, and how many more there are."""
   first = ', '.join(map(printable, itertools.islice(names, limit)))
   return first + (f' and {count - limit} more' if count > limit else '')

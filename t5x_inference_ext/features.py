@@ -1,4 +1,4 @@
-"""Allowed values of ModelConfig's fields, and which of them exclude each other."""
+"""Allowed values of ModelConfig's fields, and combinations that exclude each other."""
 
 import reprlib
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ _LARGEST = 3.4e38  # of float32
 
 
 def check_features(config: 'ModelConfig') -> None:
-  """Raise ValueError unless a model can have these sizes and features; see ModelConfig."""
+  """Raise ValueError if a model can't have these sizes and features; see ModelConfig."""
   _check_values(config)
   c = config
   if c.num_heads % c.num_kv_heads:
@@ -91,7 +91,7 @@ def _check_values(config: 'ModelConfig') -> None:
     if value is None and kind in (int | None, float | None):
       continue
     if name in CHOICES:
-      # 1 == True in Python, but True is not a number of norms.
+      # True == 1 in Python, but is not a number of norms.
       if isinstance(value, bool) or value not in CHOICES[name]:
         raise ValueError(
           f'ModelConfig.{name} must be one of {CHOICES[name]}, got {reprlib.repr(value)}'

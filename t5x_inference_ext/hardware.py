@@ -16,8 +16,8 @@ from t5x_inference_ext.errors import UserError
 # Columns of a TPU's memory tiles, and an upper bound on their rows. A slice that does not begin at
 # a tile boundary is copied before use.
 LANES = 128
-# Maximum number of attention logits that a chip computes at once (1 GiB in float32). If a pass has
-# more, model/attention.py processes the rows in parts; planner/memory.py relies on this.
+# Maximum number of attention logits that a chip holds at once (1 GiB in float32). In a pass with
+# more, model/attention.py processes the rows in parts. planner/memory.py relies on this.
 MAX_ATTENTION_LOGITS = 2**28
 
 
@@ -40,12 +40,12 @@ class Chip:
     hop_latency: Seconds that a message takes from a chip to its neighbour. Measured on v4 as about
       1 us; assumed for the other chips.
     clock_hz: Rate of the cycles in the compiler's estimates; None if no compiler estimates cycles.
-    matrix_rows: Rows of the matrix unit. A product with fewer rows of activations takes as long as
-      one with this many: a systolic array takes one cycle per row to load a tile of weights. For
-      GPU tensor cores, the side of a tile, 8.
-    node: Number of GPUs in one node, connected by NVLink; 0 on a torus, which has no nodes.
-    node_bandwidth: Bytes per second in one direction, from each chip to chips of other nodes; 0 on
-      a torus.
+    matrix_rows: Rows of the matrix unit. A matmul with fewer rows of activations takes as long as
+      one with this many, because a systolic array takes one cycle per row to load a tile of
+      weights. For GPU tensor cores it is the side of a tile, 8.
+    node: Number of GPUs in a node, connected by NVLink; 0 for TPUs.
+    node_bandwidth: Bytes per second in one direction, from each chip to chips of other nodes; 0 for
+      TPUs.
     source: Publication of the numbers.
   """
 
@@ -67,7 +67,7 @@ class Chip:
 
   @property
   def network_bandwidth(self) -> float:
-    """Bytes per second, one way, over all links: the paper's bandwidth for every collective."""
+    """Bytes per second in one direction over all links; the paper's bandwidth of a collective."""
     return self.link_bandwidth * max(self.links, 1)
 
   @property
@@ -119,7 +119,7 @@ _CHIPS = (
       'network both ways'
     ),
   ),
-  # 2765 GB/s rounded.
+  # hbm_bandwidth: 2765 GB/s in the documentation, rounded.
   Chip(
     name='v5p',
     bf16_flops=459e12,

@@ -1,4 +1,4 @@
-"""Options declared once, as fields of a frozen dataclass: type, default, help text and range.
+"""Options as fields of a frozen dataclass, which declare type, default, help text and range once.
 
 Commands make flags from these fields (commands/option_flags.py), gin binds them by name, and
 `check_options` checks values from flags, gin files and Python.
@@ -61,7 +61,7 @@ def check_options(options: Any) -> None:
 def _complaint(
   value: Any, annotation: Any, metadata: collections.abc.Mapping[str, Any]
 ) -> str | None:
-  """Return a text that says which values are valid and which was given; None if it is valid."""
+  """Return None if a value is valid, else a text with the valid values and the given one."""
   choices, (least, most) = metadata['choices'], metadata['range']
   got = f', got {short_repr(value)}'
   if value is None and has_type(None, annotation):
@@ -79,7 +79,7 @@ def short_repr(value: Any) -> str:
   """Return a value as one short line of text, for messages. Never raises."""
   try:
     return ' '.join(reprlib.repr(value).split())
-  except ValueError:  # Python prints no integer of more than 4300 digits
+  except ValueError:  # Python refuses to print integers of more than 4300 digits
     return f'a value of type {type(value).__name__} too long to print'
 
 
@@ -115,7 +115,7 @@ def takes_options(
 
 
 def has_type(value: Any, annotation: Any) -> bool:
-  """Return whether a value has the annotated type. Items of containers are not checked."""
+  """Return whether a value has the annotated type, without checking items of containers."""
   if _is_union(annotation):
     return any(has_type(value, member) for member in typing.get_args(annotation))
   if annotation is Any:

@@ -13,16 +13,16 @@ from t5x_inference_ext.config import BlockPart, ModelConfig
 INT8_SUFFIX = '_scale'
 
 # Logical axes of weights: one name for each meaning of a dimension.
-LAYERS_AXIS = 'layers'  # L, the first axis of all tensors inside layers
+LAYERS_AXIS = 'layers'  # L, the first axis of all tensors in layers
 VOCAB_AXIS = 'vocab'  # V
 EMBED_AXIS = 'embed'  # E of a matrix
-HIDDEN_AXIS = 'hidden'  # MLP columns and heads: out of input matrices, into output matrices
-FEATURES_AXIS = 'features'  # E of a vector, which no layout splits
+HIDDEN_AXIS = 'hidden'  # MLP columns and heads: columns of input matrices, rows of output ones
+FEATURES_AXIS = 'features'  # E of a vector; no layout splits it
 BUCKETS_AXIS = 'buckets'  # distances of T5's relative bias
 
-# Norms that are outside the layers.
+# Norms outside the layers.
 OUTSIDE_NORMS = ('embedding_norm', 'final_norm')
-# All tensors that are outside the layers.
+# All tensors outside the layers.
 OUTSIDE_LAYERS = (
   *('embedding', 'position_embedding', 'relative_bias', 'head', 'head_bias'),
   *OUTSIDE_NORMS,
@@ -127,10 +127,10 @@ def scales(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def norm_names(config: ModelConfig, block_part: BlockPart) -> tuple[str, ...]:
-  """Return the names of the norms before a block part: attention's norm first, then the MLP's.
+  """Return the names of the norms before a block part, attention's first.
 
-  A parallel block has one norm for both, or two. The tuple is empty if all norms are after the
-  block parts.
+  A parallel block has one norm for attention and MLP, or one for each. The result is empty if all
+  norms are after the block parts.
   """
   if config.norm_position == 'after':
     return ()

@@ -102,7 +102,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     positions='alibi',
     embedding_norm=True,
   ),
-  # Its paper (arXiv 2005.14165), table 2.1; vocabulary and rest as in GPT-2.
+  # GPT-3's paper (arXiv 2005.14165), table 2.1; vocabulary and features as in GPT-2.
   'gpt3_175b': dict(
     num_layers=96,
     d_model=12288,

@@ -1,4 +1,4 @@
-"""Unbuffered lines on stdout; progress on stderr, as a bar on a terminal, else as rare lines."""
+"""Unbuffered lines on stdout. Progress on stderr: a bar on a terminal, else occasional lines."""
 
 import contextlib
 import sys
@@ -9,7 +9,7 @@ import tqdm
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.text_format import decimal_bytes
 
-LINE_SECONDS = 10  # seconds between lines, if there is no terminal
+LINE_SECONDS = 10  # seconds between lines, without a terminal
 
 
 def print_line(line: str) -> None:
@@ -28,7 +28,7 @@ class ProgressBar:
   Args:
     what: Name of the step.
     total: Number of items or bytes, or None if unknown.
-    is_bytes: Whether the count is in bytes. A bar of bytes, with a last line, stays after the step.
+    is_bytes: Whether the items are bytes. Then the bar stays on the terminal after the step.
     shown: Whether to show anything.
   """
 
@@ -81,7 +81,7 @@ class PassProgress:
     self._bars: dict[str, ProgressBar] = {}
 
   def __call__(self, what: str, done: int, total: int) -> None:
-    """Show that `done` of `total` bytes of a pass are done; `what` begins with the pass's name."""
+    """Show that `done` of `total` bytes are done. `what` begins with the name of the pass."""
     name = next((n for n in ('verify', 'upload') if what.startswith(f'{n} ')), 'convert')
     if name not in self._bars:
       self._bars[name] = ProgressBar(name, total, is_bytes=True)

@@ -1,9 +1,9 @@
-"""Rendezvous of a run's processes: if some do not arrive, all others report which are missing.
+"""Rendezvous of a run's processes. If some do not arrive, the others name the missing ones.
 
-Without it jax 0.10 ends a process after a timeout with SIGABRT and a C++ stack trace, which does
-not name the missing processes; there is no Python error to handle. Here process 0 listens at the
-coordinator's port until the other processes have sent their indices. Then it sends the result to
-all of them, and frees the port for jax. Messages are one JSON object per line.
+Without a rendezvous, jax 0.10 aborts after a timeout, with a C++ stack trace that does not name the
+missing processes and no Python error to handle. Here process 0 listens at the coordinator's port
+until the other processes have sent their indices. Then it sends the result to all of them, and
+frees the port for jax. Messages are one JSON object per line.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.options import check_options, option
 
 AUTO = 'auto'
-NAME = 't5x_inference_ext'  # in every message, to recognize other programs at the port
+NAME = 't5x_inference_ext'  # field of every message, to recognize other programs at the port
 RETRY_SECONDS = 0.2
 HELLO_SECONDS = 5  # time limit for a connection to send its index
 MAX_MESSAGE = 4096
@@ -26,7 +26,7 @@ _PROCESSES = 'Several processes'
 
 @dataclasses.dataclass(frozen=True)
 class ProcessOptions:
-  """How this process joins the others of its run. All fields are None for a single process.
+  """How this process joins the others of its run. With a single process all fields are None.
 
   Raises:
     RequestError: A value is out of its range, or the options exclude each other.
@@ -137,7 +137,7 @@ def _receive_all(port: int, num_processes: int, deadline: float, timeout: float)
         error = f'two processes were started with process_id={process}'
       arrived.add(process)
     for connection in connections:
-      with contextlib.suppress(OSError):  # the process has ended, which jax will notice
+      with contextlib.suppress(OSError):  # the process has ended, as jax will notice
         _write(connection, error=error)
   if error is not None:
     raise RequestError(error)
@@ -169,7 +169,7 @@ def _report(
 
 
 def _left(deadline: float) -> float:
-  """Return the seconds until a deadline, but more than 0: with 0 a socket would not wait at all."""
+  """Return the seconds until a deadline, above 0: a timeout of 0 makes sockets nonblocking."""
   return max(deadline - time.monotonic(), 0.001)
 
 
@@ -194,7 +194,7 @@ def _write(connection: socket.socket, **message: Any) -> None:
 
 
 def _read(connection: socket.socket) -> dict[str, Any] | None:
-  """Read a message; return None for anything else, since any program may connect to the port."""
+  """Read a message; return None for other data, since any program may connect to the port."""
   try:
     with connection.makefile('rb') as stream:
       message = json.loads(stream.readline(MAX_MESSAGE))

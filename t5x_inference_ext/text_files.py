@@ -1,4 +1,4 @@
-"""Text files of commands: JSON, and checks for writable files and for installed extras."""
+"""JSON and text files; checks that files can be written and that extras are installed."""
 
 import collections
 import importlib.util
@@ -10,11 +10,11 @@ from typing import Any
 
 from t5x_inference_ext.errors import RequestError, UserError
 
-_MAX_DEPTH = 200  # levels of JSON: far below Python's recursion limit, so writing works too
+_MAX_DEPTH = 200  # maximum nesting; far below Python's recursion limit, so json can write it
 
 
 class _Unusable(Exception):
-  """A JSON text that this package does not accept. The message says why."""
+  """A JSON text that this package does not accept, although json does. The message says why."""
 
 
 def parse_json(text: str, *, nan: bool = False) -> Any:
@@ -26,7 +26,7 @@ def parse_json(text: str, *, nan: bool = False) -> Any:
 
   Raises:
     ValueError: The text is not JSON, holds a value that Python can't represent, or an object gives
-      a name twice. The message can follow "... is".
+      a name twice. The message continues "... is".
   """
   constant = float if nan else _constant
   try:
@@ -53,7 +53,7 @@ def parse_json(text: str, *, nan: bool = False) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Return a JSON object; raise _Unusable for a repeated name, as its first value would be lost."""
+  """Return a JSON object; raise _Unusable for a repeated name, whose first value would be lost."""
   found = dict(pairs)
   if len(found) < len(pairs):
     (twice, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
@@ -69,7 +69,7 @@ def _constant(text: str) -> float:
 
 
 def json_line(value: Any) -> str:
-  """Return a value as JSON that any parser reads: NaN becomes null, an infinity a string."""
+  """Return a value as JSON that all parsers read: NaN becomes null, an infinity a string."""
   try:
     return json.dumps(value, allow_nan=False)
   except ValueError:
@@ -87,7 +87,7 @@ def _finite(value: Any) -> Any:
 
 
 def check_writable(*paths: str | None) -> None:
-  """Raise RequestError if a file can't be written; to be called before the work.
+  """Raise RequestError if a file can't be written; to be called before any work.
 
   Args:
     *paths: Files to write; None is ignored.
@@ -107,7 +107,7 @@ def check_extra(extra: str, what: str, *modules: str) -> None:
 
   Args:
     extra: Name of the extra of this package that installs the modules.
-    what: First words of the message, such as 'figures need matplotlib'.
+    what: First part of the message, such as 'figures need matplotlib'.
     *modules: Top-level modules that are needed.
   """
   if any(importlib.util.find_spec(module) is None for module in modules):

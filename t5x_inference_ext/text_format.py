@@ -13,7 +13,7 @@ def decimal_bytes(count: float) -> str:
 
 
 def megabytes(count: float) -> str:
-  """Return bytes in whole MB, or in GB from 1 GB on: 151_200_000 -> '151 MB', '8.15 GB'."""
+  """Return bytes in whole MB below 1 GB, else in GB: 151_200_000 -> '151 MB', or '8.15 GB'."""
   return f'{count / 1e6:.0f} MB' if count < 1e9 else f'{count / 1e9:.2f} GB'
 
 
@@ -34,7 +34,7 @@ def gib(count: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-  """Return a computed duration in a suitable unit: 0.0123 -> '12.30 ms', 4.213 -> '4.213 s'."""
+  """Return a duration in us, ms or s: 0.0123 -> '12.30 ms', 4.213 -> '4.213 s'."""
   if seconds == 0:
     return '0'
   if seconds >= 1:
@@ -53,7 +53,7 @@ def microseconds(seconds: float) -> str:
 
 
 def rough_duration(seconds: float) -> str:
-  """Return a rounded duration of at least 1 s: 7.8 -> '8 s'; others are like '3 min', '1.2 h'."""
+  """Return a rounded duration, at least 1 s: 7.8 -> '8 s'; longer ones '3 min' or '1.2 h'."""
   if seconds < 60:
     return f'{max(1, round(seconds))} s'
   return f'{seconds / 60:.0f} min' if seconds < 3600 else f'{seconds / 3600:.1f} h'

@@ -5,7 +5,7 @@ Loading, conversion and the writer of T5X checkpoints all use this map.
 A stored array is processed in *factored* order [L, *inputs, *outputs]: the layer axis first, then
 the axes that a matmul sums over, then the axes that it keeps. A canonical tensor is addressed as
 one matrix per layer, [L, rows, columns]: rows are the merged inputs, columns the merged outputs. A
-norm is one row; a tensor without a layer axis has L = 1.
+norm is a matrix with one row; a tensor without a layer axis has L = 1.
 """
 
 from collections.abc import Iterator
@@ -33,8 +33,8 @@ class KernelPart:
     name: Name of the canonical tensor.
     start: First index of the tensor on the part axis.
     width: Number of indices of the tensor on the part axis.
-    factor: Canonical values are stored values (or their reciprocals) times this factor.
-    reciprocal: Whether the array stores 1 / value, as flaxformer does for the scales of quantized
+    factor: Canonical value = stored value * factor, or factor / stored value if `reciprocal`.
+    reciprocal: Whether the array stores reciprocals, as flaxformer does for the scales of quantized
       kernels.
   """
 
@@ -70,7 +70,7 @@ class KernelPart:
 
 
 class Rectangle(NamedTuple):
-  """A block of a canonical tensor: [begin, end) of layers, rows and columns."""
+  """A block of a canonical tensor: a range [begin, end) of layers, of rows and of columns."""
 
   layers: Span
   rows: Span
@@ -117,7 +117,7 @@ class KernelLayout:
     return (*factored[1 : axis + 1], factored[0], *factored[axis + 1 :])
 
   def canonical_shape(self, part: KernelPart) -> tuple[int, ...]:
-    """Return the shape of a part's canonical tensor: [L, rows, columns], or fewer of these axes."""
+    """Return a canonical tensor's shape: [L, rows, columns], without L or rows if it has none."""
     rows, columns = self._merged_axes(part)
     layers = () if self.layers is None else (self.layers,)
     is_matrix = self.inputs and not part.reciprocal
@@ -130,8 +130,8 @@ class KernelLayout:
       bounds: The block, in factored order.
 
     Yields:
-      The part, the rectangle, and the index of the rectangle's values [layers, rows, columns] in
-      the block.
+      Tuples (part, rectangle, index). `block[index]` has the rectangle's values, shape [layers,
+      rows, columns].
     """
     split, place = 1 + len(self.inputs), 1 + self.axis
     for part in self.parts:
@@ -151,8 +151,8 @@ class KernelLayout:
     """Cut a canonical rectangle into blocks of the array.
 
     Yields:
-      A block's bounds in factored order, and the index of its values, in factored order, in the
-      rectangle.
+      Pairs (bounds, index). `bounds` is a block of the array, in factored order.
+      `rectangle_values[index]` has the block's values, in factored order.
     """
     row_axes, column_axes = self._merged_axes(part)
     for rows, row_index in split_range(rectangle.rows, row_axes):
@@ -164,8 +164,8 @@ class KernelLayout:
     """Return the smallest block of the array that holds a canonical rectangle.
 
     Returns:
-      The block's bounds in factored order, and the row and column of the block at which the
-      rectangle begins, with the block's inputs and outputs merged.
+      The block's bounds in factored order, then the row and the column at which the rectangle
+      begins, counted in the block as a matrix [merged inputs, merged outputs].
     """
     row_axes, column_axes = self._merged_axes(part)
     rows, first_row = covering_box(rectangle.rows, row_axes)
@@ -219,7 +219,8 @@ class SourceArray:
     """Cut a block of values into canonical rectangles.
 
     Yields:
-      The part, the rectangle, and its values [layers, rows, columns], usually views of `values`.
+      Tuples (part, rectangle, rectangle's values). The last are [layers, rows, columns], usually a
+      view of `values`.
     """
     for part, rectangle, index in self.arrangement.rectangles(bounds):
       yield part, rectangle, part.to_canonical(values[index])

@@ -1,4 +1,4 @@
-"""Opening of checkpoints in any supported format: the model, and tensors to read values from."""
+"""Open a checkpoint of any supported format: its model, and lazy tensors."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -11,12 +11,12 @@ from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
 from t5x_inference_ext.checkpoints.conventions import (
   Conventions,
   ConventionSources,
-  Said,
-  check_said,
+  ResolvedOption,
+  check_stated,
   recorded_in,
 )
 from t5x_inference_ext.checkpoints.missing import missing_checkpoint
-from t5x_inference_ext.checkpoints.public import check_asked, read_public
+from t5x_inference_ext.checkpoints.public import check_required, read_public
 from t5x_inference_ext.checkpoints.readers import flaxformer, legacy, orbax
 from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Tensor
@@ -37,7 +37,7 @@ class Checkpoint:
   """An open checkpoint.
 
   Attributes:
-    path: Directory of the checkpoint, or a GGUF file.
+    path: Directory of the checkpoint, or path of a GGUF file.
     format: 't5x' (T5X's legacy format), 'orbax', 'serving', 'safetensors' or 'gguf'.
     step: Training step, or None if not recorded.
     config: The model.
@@ -45,7 +45,7 @@ class Checkpoint:
     tensors: Canonical tensors by name: exactly params.parameters(config), and with int8
       params.scales(config) too.
     arrays: The stored arrays that hold the canonical tensors, except the scales of int8 weights.
-    form: The arrangement of parameters in a T5X tree (flaxformer.Reading.form); None if not
+    form: The arrangement of parameters in a T5X tree (flaxformer.ParsedModel.form); None if not
       recorded.
     notes: Lines for commands to print: properties that were found or assumed.
     conventions: Name -> value and source of each property that T5X weights do not show. A serving
@@ -63,7 +63,7 @@ class Checkpoint:
   arrays: tuple[SourceArray, ...]
   form: dict[str, Any] | None
   notes: tuple[str, ...]
-  conventions: Mapping[str, Said]
+  conventions: Mapping[str, ResolvedOption]
   text: TextSettings
   index_crc32: int | None = None
 
@@ -74,7 +74,7 @@ class Checkpoint:
 
   @property
   def bos_id(self) -> int | None:
-    """The id that is put in front of a prompt; None: no id is."""
+    """The id in front of every prompt; None if there is none."""
     return self.text.bos_id
 
   @property
@@ -103,7 +103,7 @@ def open_checkpoint(
 ) -> Checkpoint:
   """Open a checkpoint, and check the names and shapes of its parameters.
 
-  Values are read later, from the tensors.
+  No weight is read here: the returned tensors read their values on demand.
 
   Args:
     path: A checkpoint directory of any name, or the msgpack file in it, or a GGUF file; local or
@@ -113,8 +113,8 @@ def open_checkpoint(
     stock: Function that returns the conventions of T5X's own model, as the user's gin configures
       it; called only for a T5X checkpoint. docs/serving_checkpoint.md has the order of all sources.
     **conventions: Fields of Conventions, for a T5X checkpoint that does not record them. If no
-      source states one, only a tree of ParallelFusedDecoderLayer can be opened, with PaLM's
-      conventions. Notes tell the source of each.
+      source states a required convention, only a tree of ParallelFusedDecoderLayer can be opened:
+      it gets PaLM's. `notes` names the source of each convention.
 
   Raises:
     CheckpointError: There is no checkpoint, it holds another model, or a convention is not stated.
@@ -141,9 +141,9 @@ def open_checkpoint(
   model = read_public(path, given.norm_scale or (config.norm_scale if config else None))
   if model is None:
     raise CheckpointError(missing_checkpoint(path))
-  check_said(given, model.config, model.path)
+  check_stated(given, model.config, model.path)
   if config is not None:
-    check_asked(config, model)
+    check_required(config, model)
   return Checkpoint(
     model.path,
     model.format,
@@ -209,7 +209,7 @@ def _from_serving(
   """
   header, found = serving.read_serving_header(path, data)
   where = f'{path}/{serving.CONFIG}'
-  check_said(given, found, where)
+  check_stated(given, found, where)
   if config is not None and config != found:
     _compare(config, found, header['weights'], path)
   tensors = serving.read_tensors(path, found, header['weights'])
@@ -220,7 +220,7 @@ def _from_serving(
     + ('' if step is None else f', step {printable(step)}'),
     f'model: {found}',
     f'weights: {header["weights"]}',
-    *(f'{name}: {said}' for name, said in conventions.items()),
+    *(f'{name}: {stated}' for name, stated in conventions.items()),
   )
   arrays = tuple(
     whole_array(t, name, 0 if serving.is_layered(name) else None)
@@ -244,16 +244,16 @@ def _from_serving(
 
 def _compare(config: ModelConfig, found: ModelConfig, weights: str, path: str) -> None:
   """Raise CheckpointError for the first difference between a model and the recorded model."""
-  kinds = ('block', 'mlp', 'norm')  # these fields decide which tensors exist
+  kinds = ('block', 'mlp', 'norm')  # these fields decide which tensors a model has
   fields = [*kinds, *(f.name for f in dataclasses.fields(config) if f.name not in kinds)]
   differing = next(name for name in fields if getattr(config, name) != getattr(found, name))
   if differing not in kinds:
-    asked = serving.serving_tensors(config, weights)
+    required = serving.serving_tensors(config, weights)
     for name, (shape, _) in serving.serving_tensors(found, weights).items():
-      if shape != asked[name][0]:
+      if shape != required[name][0]:
         raise CheckpointError(
           f'{name}: shape {list(shape)} in {path}/{name}, but the model asked for needs '
-          f'{list(asked[name][0])}'
+          f'{list(required[name][0])}'
         )
   raise CheckpointError(
     f'{differing}={getattr(config, differing)} was asked for, but {path}/{serving.CONFIG} records '

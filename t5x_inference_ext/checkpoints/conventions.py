@@ -18,7 +18,7 @@ _GROUP = 'What the weights of a T5X checkpoint do not show'
 # Name of the source: the gin files that are included before configs/t5x/infer.gin.
 STOCK = "T5X's own model, in the gin files in front"
 ASSUMED = "assumed, PaLM's"
-# Only the layer made for PaLM has defaults, those of PaLM.
+# Defaults of ParallelFusedDecoderLayer, which was made for PaLM. Other layers have no defaults.
 PALM: Mapping[str, Any] = {
   'norm_scale': 'zero',
   'norm_epsilon': 1e-6,
@@ -30,7 +30,7 @@ PALM: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Conventions:
-  """Conventions as one source states them; None: the source does not state it.
+  """The conventions that one source states. None for those that it does not state.
 
   All except rescale_logits are fields of ModelConfig. The help texts explain them.
 
@@ -40,13 +40,13 @@ class Conventions:
 
   norm_scale: str | None = option(
     None,
-    help='How norm scales are stored: the value applied is 1 + scale (zero) or scale (one). By '
-    'default what the checkpoint, or the config.gin beside it, records.',
+    help='How norm scales are stored. zero: norms apply 1 + scale. one: norms apply the scale '
+    'itself. The default is the value recorded in the checkpoint, or in the config.gin beside it.',
     group=_GROUP,
     choices=NORM_SCALES,
   )
   norm_epsilon: float | None = option(
-    None, help="What norms add to the mean square; 1e-6 is flaxformer's default.", group=_GROUP
+    None, help="Norms add this to the mean square; 1e-6 is flaxformer's default.", group=_GROUP
   )
   mlp: str | None = option(
     None,
@@ -80,7 +80,7 @@ class Conventions:
   def __post_init__(self) -> None:
     check_options(self)
 
-  def said(self) -> dict[str, Any]:
+  def stated(self) -> dict[str, Any]:
     """Return the conventions that the source states, by name."""
     return {name: value for name, value in vars(self).items() if value is not None}
 
@@ -89,7 +89,7 @@ CONVENTION_NAMES = tuple(field.name for field in dataclasses.fields(Conventions)
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
+class ResolvedOption:
   """The value of a convention, and its source."""
 
   value: Any
@@ -118,7 +118,7 @@ class ConventionSources:
   given: Conventions = Conventions()
   config: ModelConfig | None = None
 
-  def find(self, name: str) -> Said | None:
+  def find(self, name: str) -> ResolvedOption | None:
     """Return a convention from the first source that states it, or None.
 
     Raises:
@@ -126,48 +126,48 @@ class ConventionSources:
     """
     for source, conventions in self.recorded:
       if (value := getattr(conventions, name)) is not None:
-        found = Said(value, source)
+        found = ResolvedOption(value, source)
         break
     else:
       found = None
-    asked = self._asked(name)
-    if found is None or asked is None:
-      return found or asked
-    if asked.value != found.value:
+    requested = self._requested(name)
+    if found is None or requested is None:
+      return found or requested
+    if requested.value != found.value:
       raise CheckpointError(
-        f'{name}={asked.value} was {asked.source}, but it is {found.value} by {found.source}: '
-        f'leave {name} out, or change its value there'
+        f'{name}={requested.value} was {requested.source}, but it is {found.value} by '
+        f'{found.source}: leave {name} out, or change its value there'
       )
     return found
 
-  def _asked(self, name: str) -> Said | None:
+  def _requested(self, name: str) -> ResolvedOption | None:
     value = getattr(self.given, name)
     if value is not None:
-      return Said(value, 'given')
+      return ResolvedOption(value, 'given')
     if self.config is None or name == 'rescale_logits':
       return None
     value = getattr(self.config, name)
-    # The weights show a relative bias; a model with one has no other positions.
+    # A relative bias is visible in the weights, and excludes other positions: so state 'none' here.
     value = 'none' if (name, value) == ('positions', 'relative') else value
-    return Said(value, 'given with the model')
+    return ResolvedOption(value, 'given with the model')
 
-  def overruled(self, said: Mapping[str, Said]) -> list[str]:
-    """Return a note for each recorded convention that a source with precedence overrules."""
+  def overruled(self, stated: Mapping[str, ResolvedOption]) -> list[str]:
+    """Return a note for each recorded value that a source of higher precedence overrides."""
     return [
-      f'  {name} is {value} by {source}, which {said[name].source} overrules'
+      f'  {name} is {value} by {source}, which {stated[name].source} overrules'
       for source, conventions in self.recorded
-      for name, value in conventions.said().items()
-      if name in said and said[name].value != value
+      for name, value in conventions.stated().items()
+      if name in stated and stated[name].value != value
     ]
 
 
-def check_said(given: Conventions, found: ModelConfig, where: str) -> None:
+def check_stated(given: Conventions, found: ModelConfig, where: str) -> None:
   """Compare the user's options with the complete model that a checkpoint records.
 
   Raises:
-    CheckpointError: An option differs, or can't be changed once the model is recorded.
+    CheckpointError: An option differs from the recorded model, or has no effect on one.
   """
-  for name, value in given.said().items():
+  for name, value in given.stated().items():
     if name == 'rescale_logits':
       raise CheckpointError(
         f'rescale_logits is for T5X checkpoints: {where} says how attention logits are scaled'
@@ -179,15 +179,19 @@ def check_said(given: Conventions, found: ModelConfig, where: str) -> None:
       )
 
 
-def recorded_in(header: Mapping[str, Any]) -> dict[str, Said]:
+def recorded_in(header: Mapping[str, Any]) -> dict[str, ResolvedOption]:
   """Return the conventions of its source that a serving checkpoint's header records, by name."""
   listed = header['source'].get('conventions')
   if not isinstance(listed, dict):  # header of an earlier version
-    return {'norm_scale': Said(header['model'].get('norm_scale'), 'recorded in the checkpoint')}
+    return {
+      'norm_scale': ResolvedOption(header['model'].get('norm_scale'), 'recorded in the checkpoint')
+    }
   return {
-    printable(name): Said(_plain(said.get('value')), f'recorded: {printable(said.get("source"))}')
-    for name, said in listed.items()
-    if isinstance(said, dict)
+    printable(name): ResolvedOption(
+      _plain(stated.get('value')), f'recorded: {printable(stated.get("source"))}'
+    )
+    for name, stated in listed.items()
+    if isinstance(stated, dict)
   }
 
 
@@ -201,7 +205,7 @@ def resolve(
   inputs: int,
   defaults: Mapping[str, Any],
   where: str,
-) -> dict[str, Said]:
+) -> dict[str, ResolvedOption]:
   """Return the value and source of each needed convention.
 
   Args:
@@ -212,11 +216,13 @@ def resolve(
     where: The checkpoint, for messages.
 
   Raises:
-    CheckpointError: A convention is not stated; the message lists all such with their choices.
+    CheckpointError: Conventions are not stated. The message lists them, with their choices.
   """
-  said = {name: found for name in needed if (found := sources.find(name)) is not None}
-  said |= {n: Said(defaults[n], ASSUMED) for n in needed if n not in said and n in defaults}
-  missing = [name for name in needed if name not in said]
+  stated = {name: found for name in needed if (found := sources.find(name)) is not None}
+  stated |= {
+    n: ResolvedOption(defaults[n], ASSUMED) for n in needed if n not in stated and n in defaults
+  }
+  missing = [name for name in needed if name not in stated]
   if missing:
     others = ', '.join(source for source, _ in sources.recorded)
     raise CheckpointError(
@@ -226,7 +232,7 @@ def resolve(
       + 'Give each as an option of this name, or MODEL_CONFIG, or put the config.gin of the '
       'training run beside the checkpoint (docs/serving_checkpoint.md#conventions)'
     )
-  return said
+  return stated
 
 
 def _question(name: str, inputs: int) -> str:

@@ -1,9 +1,9 @@
 """Convert a checkpoint into another format, resumable and verified (docs/convert.md).
 
 Blocks of stored chunks are read once, converted, and written into uncompressed arrays with
-preallocated space. For int8, a slice holds everything that is summed into its output channels, so
-that one reading gives its scales. Blocks that do not fit into `hold_bytes` are read a second time
-(and a third time, with a search for scales).
+preallocated space. For int8, a slice has all inputs of its output channels, so that reading it once
+gives its scales. Blocks that do not fit into `hold_bytes` are read a second time to write them (and
+a third time if scales are searched).
 """
 
 from collections.abc import Callable
@@ -36,10 +36,10 @@ def convert(
   progress: ConversionProgress = lambda what, done, total: None,
   **options: Any,
 ) -> Report:
-  """Write the checkpoint `output_checkpoint`, complete and verified, or raise an error.
+  """Convert a checkpoint into a complete and verified one at `output_checkpoint`.
 
   The finished work of a killed or failed run is kept in `output_checkpoint`.unfinished, or in the
-  staging directory. The same call again continues from it.
+  staging directory. Another call with the same arguments continues from there.
 
   Args:
     input_checkpoint: Directory of a checkpoint of any format.
@@ -110,7 +110,7 @@ def _convert(conversion: Conversion, work: WorkDirectory, planned: Callable[[str
   try:
     return conversion.run(work, planned)
   except OSError as e:
-    work.check_absent()  # fails if another process has finished meanwhile
+    work.check_absent()  # raises if another process has finished meanwhile
     kept = ''
     if os.path.isdir(work.root):
       kept = f'; finished work is kept in {work.root}: run the same command again to continue'
@@ -140,7 +140,8 @@ def _staging(output: str, directory: str | None) -> Staging | None:
   """Return the staging directory of an output in a bucket, or None for a local output.
 
   Raises:
-    UserError: The output is in a bucket and no directory is given, or the reverse.
+    UserError: The output is in a bucket and no directory is given, or a directory is given for a
+      local output.
   """
   remote = storage.is_remote(os.fspath(output))
   if remote and directory is not None:

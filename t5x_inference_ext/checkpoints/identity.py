@@ -1,4 +1,4 @@
-"""The identity of a checkpoint's weights, a checksum by which a receipt names them."""
+"""The identity of a checkpoint's weights: a checksum, which receipts record."""
 
 import hashlib
 import json

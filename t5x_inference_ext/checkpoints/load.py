@@ -1,4 +1,4 @@
-"""Loading of weights from a checkpoint, shard by shard: no host ever holds a whole model."""
+"""Load weights from a checkpoint, shard by shard, so that no host holds a whole model."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,12 +13,12 @@ from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights, build_weights
 from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, tensor_dtype
 
-# On CPU, up to this many layers are unrolled, which avoids a copy of each layer's weights. For more
-# layers, a loop keeps programs small and compilation short.
+# On CPU, models with at most this many layers are unrolled, which avoids copying each layer's
+# weights. With more layers, a loop keeps programs small and compilation short.
 MAX_UNROLLED_LAYERS = 8
 
 
-def scans_layers(num_layers: int, asked: bool | None = None, platform: str = 'tpu') -> bool:
+def scans_layers(num_layers: int, choice: bool | None = None, platform: str = 'tpu') -> bool:
   """Return whether the program loops over stacked layers.
 
   The default is True on CPU for more than MAX_UNROLLED_LAYERS layers, and False on accelerators. On
@@ -29,11 +29,11 @@ def scans_layers(num_layers: int, asked: bool | None = None, platform: str = 'tp
 
   Args:
     num_layers: Number of layers of the model.
-    asked: The user's choice; None: the default.
+    choice: The user's choice; None: the default.
     platform: JAX's name for the platform of the devices.
   """
-  if asked is not None:
-    return asked
+  if choice is not None:
+    return choice
   return platform == 'cpu' and num_layers > MAX_UNROLLED_LAYERS
 
 
@@ -44,7 +44,7 @@ def load_weights(
   stacked: bool | None = None,
   progress: Callable[[list], Iterable] = iter,
 ) -> Weights:
-  """Read every shard of every tensor that this process's devices hold.
+  """Read the shards of all tensors that belong on this process's devices.
 
   Args:
     checkpoint: An open checkpoint of any format. Int8 weights stay int8; float weights become
@@ -75,7 +75,7 @@ def load_weights(
 def load_tensor(
   checkpoint: Checkpoint, model: Model, tensor: PackedTensor, layers: slice | int | None
 ) -> jax.Array:
-  """Read one array onto its shards.
+  """Load one array, sharded over the mesh.
 
   Args:
     checkpoint: The checkpoint.
@@ -105,8 +105,7 @@ def load_tensor(
     assert index is not None
     stack = range(*index[0].indices(num_layers))
     sizes = [len(range(*s.indices(n))) for s, n in zip(index[1:], tensor.shape)]
-    # Fill the stack layer by layer, so that besides it only one layer's source values are in
-    # memory.
+    # Fill the stack layer by layer, to hold the source values of only one layer at a time.
     out = np.empty((len(stack), *sizes), dtype)
     for i, layer in enumerate(stack):
       out[i] = read_layer(layer, index[1:])

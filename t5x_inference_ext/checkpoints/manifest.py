@@ -4,7 +4,7 @@ The manifest is serving_config.json in a serving checkpoint, t5x_inference_ext.j
 checkpoint. It is JSON with these fields:
 
   files    name: CRC-32, for all files except chunks and the manifest
-  crc32    of the manifest itself, computed with zeros for these eight digits
+  crc32    CRC-32 of the manifest itself, computed with these eight digits set to 0
 """
 
 from collections.abc import Mapping
@@ -98,7 +98,7 @@ def _crc(data: bytes) -> str:
 
 
 def _with_own(data: bytes, old: str, new: str) -> bytes:
-  """Replace the manifest's own checksum, its last field."""
+  """Replace the manifest's own checksum, which is its last field."""
   head, field, tail = data.rpartition(b'"crc32": "')
   return head + field + (new.encode() + tail[len(old) :] if tail.startswith(old.encode()) else tail)
 
@@ -108,6 +108,6 @@ def checksum(values: np.ndarray, before: int = 0) -> int:
 
   Args:
     values: The array.
-    before: CRC-32 of what precedes the array.
+    before: CRC-32 of the bytes before the array.
   """
   return zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data, before)

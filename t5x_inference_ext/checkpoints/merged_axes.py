@@ -1,4 +1,4 @@
-"""Ranges of axes that are merged into one axis, as in numpy's reshape."""
+"""Ranges of several axes, and of the one axis that numpy's reshape merges them into."""
 
 from collections.abc import Iterator, Sequence
 import itertools
@@ -14,15 +14,15 @@ ArrayIndex: TypeAlias = tuple[int | slice | None, ...]
 def merged_ranges(
   local: Sequence[Span], sizes: Sequence[int], offsets: Sequence[int]
 ) -> Iterator[tuple[Span, ArrayIndex]]:
-  """Merge ranges of several axes into contiguous ranges of one.
+  """Convert a range along each of several axes to contiguous ranges of their merged axis.
 
   Args:
     local: A range along each axis.
     sizes: The whole size of each axis.
-    offsets: Position at which each range begins, in the block that holds it.
+    offsets: First index of each range in the caller's block.
 
   Yields:
-    A range of the merged axis, and the index of its values in the block.
+    Pairs (range of the merged axis, index of its values in the block).
   """
   if not local:
     yield (0, 1), (None,)
@@ -44,7 +44,7 @@ def split_range(span: Span, sizes: Sequence[int]) -> Iterator[tuple[Bounds, Arra
   """Cut a range of a merged axis into ranges along the original axes.
 
   Yields:
-    A range along each axis, and the index of its values in the merged range.
+    Pairs (ranges, one along each axis; index of their values in the merged range).
   """
   if not sizes:
     yield (), (0,)
@@ -78,7 +78,7 @@ def covering_box(span: Span, sizes: Sequence[int]) -> tuple[Bounds, int]:
     first, last = begin // stride, (end - 1) // stride
     begin, end = begin - first * stride, end - first * stride
     bounds.append((first, last + 1))
-    if first != last:  # several indices of this axis need the whole inner axes
+    if first != last:  # more than one index of this axis: take the inner axes whole
       bounds += [(0, n) for n in sizes[axis + 1 :]]
       break
   return tuple(bounds), begin

@@ -18,7 +18,7 @@ from t5x_inference_ext.errors import CheckpointError, printable
 
 
 def read_public(path: str, norm_scale: str | None = None) -> PublicModel | None:
-  """Read the model at a path; return None if there is no model in a public format.
+  """Open the model at `path`; return None if it holds no model in a public format.
 
   Args:
     path: A directory with config.json and safetensors, or a file of it; or a GGUF file; or a
@@ -26,7 +26,7 @@ def read_public(path: str, norm_scale: str | None = None) -> PublicModel | None:
     norm_scale: See read_huggingface.
 
   Raises:
-    CheckpointError: There is a model, but it is damaged, or can't be served.
+    CheckpointError: The model is damaged, or can't be served.
   """
   if storage.is_on_hub(path):
     local, address = hub.fetch(path)
@@ -59,11 +59,10 @@ def read_public(path: str, norm_scale: str | None = None) -> PublicModel | None:
   return read_gguf_model(os.path.join(path, files[0])) if files else None
 
 
-def check_asked(config: ModelConfig, model: PublicModel) -> None:
+def check_required(config: ModelConfig, model: PublicModel) -> None:
   """Raise CheckpointError if a model's settings differ from the model that the user requires."""
   for name, value in vars(config).items():
     if value != getattr(model.config, name):
       raise CheckpointError(
-        f'{name}={value} was asked for, but as read from {model.path} it is '
-        f'{getattr(model.config, name)}'
+        f'{name}={value} was given, but {model.path} has {getattr(model.config, name)}'
       )

@@ -30,13 +30,13 @@ CHECKSUMS = 'checksums.json'
 SERVING_FORMAT = 't5x_inference_ext serving checkpoint'
 # Formats of sources that are public models.
 PUBLIC_FORMATS = ('safetensors', 'gguf')
-# Version 2 adds text settings, and a header whose checksum is checked when it is opened.
+# Version 2 added text settings, and the header's checksum of itself.
 VERSION = 2
 SERVING_WEIGHTS = ('int8', 'bfloat16')
 
-# A chunk's sides are halved until they are at most these, then its rows until it has at most
-# MAX_CHUNK_BYTES. So a shard of a matrix reads little beyond its share, and a conversion can hold
-# all rows of one column of chunks in memory.
+# Maximum sides of a chunk; its rows are halved further, until it has at most MAX_CHUNK_BYTES. With
+# small chunks, a shard of a matrix reads little beyond its share, and a conversion can hold all
+# rows of one column of chunks in memory.
 MAX_CHUNK_ROWS = 8192
 MAX_CHUNK_COLUMNS = 4096
 MAX_CHUNK_BYTES = 64 * 2**20
@@ -162,7 +162,7 @@ class ServingTensor(Tensor):
   def _read(self, bounds: Bounds) -> np.ndarray:
     index = tuple(slice(*b) for b in bounds)
     chunks = list(self.chunks(bounds))
-    if [i for _, i in chunks] == [index]:  # exactly one chunk: verified as it is read
+    if [i for _, i in chunks] == [index]:  # exactly one chunk: `check` reads and verifies it
       return self.check(*chunks[0])
     for number, chunk in chunks:
       if number not in self._verified:
@@ -220,9 +220,8 @@ def read_text(path: str, header: Mapping[str, Any], rows: int) -> TextSettings:
 
   Args:
     path: Directory of the checkpoint.
-    header: Content of serving_config.json. In version 1 it has no text settings; those to assume
-      for a T5X checkpoint apply. In early headers of version 2 they are null if no vocabulary is
-      known.
+    header: Content of serving_config.json. Version 1 has no text settings: those assumed for T5X
+      checkpoints apply. In early headers of version 2 they are null if the vocabulary is unknown.
     rows: V, rows of the model's embedding.
 
   Raises:
@@ -232,7 +231,7 @@ def read_text(path: str, header: Mapping[str, Any], rows: int) -> TextSettings:
     return assumed_settings(rows)
   if header.get('text') is None:
     if header['source'].get('format') in PUBLIC_FORMATS:
-      lost = 'not recorded, nor what ends rows: convert again'
+      lost = 'not recorded, and neither are the end ids: convert again'
       return unknown_vocabulary(source=lost, bos_id=None, end_ids=())
     return unknown_vocabulary(source='not recorded')
   return TextSettings.from_dict(

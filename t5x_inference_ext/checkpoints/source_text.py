@@ -47,7 +47,7 @@ def settings_of_lists(path: str, lists: Mapping[str, Any], rows: int) -> TextSet
 
   Args:
     path: The file, for messages.
-    lists: The file's metadata whose keys begin with `tokenizer.`; the keys here lack that prefix.
+    lists: The file's metadata with keys `tokenizer.NAME`, by NAME.
     rows: V, rows of the model's embedding.
 
   Raises:
@@ -81,7 +81,7 @@ def settings_of_lists(path: str, lists: Mapping[str, Any], rows: int) -> TextSet
 
 
 def _usable(make: Callable[[], Vocabulary], rows: int) -> tuple[Vocabulary | None, str]:
-  """Call `make`; return (its vocabulary, 'given'), or (None, the reason why it can't be used)."""
+  """Return (the vocabulary that `make` returns, 'given'), or (None, why it can't be used)."""
   try:
     vocabulary = make()
     check_size(vocabulary, rows)
@@ -91,7 +91,7 @@ def _usable(make: Callable[[], Vocabulary], rows: int) -> tuple[Vocabulary | Non
 
 
 def _within(settings: TextSettings, rows: int) -> TextSettings:
-  """Drop ids from settings for which the model has no embedding rows."""
+  """Drop BOS and end ids that are beyond the model's embedding rows."""
   ends = tuple(token for token in settings.end_ids if token < rows)
   bos_id = settings.bos_id
   if bos_id is not None and bos_id >= rows:

@@ -21,7 +21,7 @@ def is_on_hub(path: str) -> bool:
 
 
 def normalize(path: str | os.PathLike) -> str:
-  """Make a path absolute, and drop a trailing slash; from an address, only drop the slash."""
+  """Drop a trailing slash; also make a local path absolute."""
   path = os.fspath(path)
   if is_on_hub(path):
     return path.rstrip('/')
@@ -85,7 +85,8 @@ def read_object(directory: str, name: str, unless: bytes | None = None) -> ts.Kv
   Args:
     directory: Directory of the object, a gs:// address.
     name: Name of the object within the directory.
-    unless: A generation that the caller already has; if it is current, the result has no value.
+    unless: A generation that the caller already has. If it is the current one, the value is not
+      read and the result has none.
   """
   try:
     return _open(directory).read(name, if_not_equal=unless).result()
@@ -97,7 +98,7 @@ def write_object(directory: str, name: str, data: bytes) -> bytes:
   """Write a whole object to a bucket.
 
   Returns:
-    The generation of the object. No later write of that name gets the same generation.
+    The object's generation. Later writes of the same name get other generations.
   """
   try:
     return _open(directory).write(name, data).result().generation

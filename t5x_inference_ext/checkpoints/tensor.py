@@ -1,4 +1,4 @@
-"""Lazy tensors: stored arrays of which only the needed parts are read."""
+"""Lazy tensors: stored arrays that are read in slices, when needed."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -30,11 +30,11 @@ class Tensor:
     self.chunk = self.shape
 
   def uncached(self) -> 'Tensor':
-    """Return this tensor without a cache of decoded chunks, for reading each chunk only once."""
+    """Return this tensor without a cache of decoded chunks, for reading each chunk once."""
     return self
 
   def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
-    """Read the values at `index` (and the rest of the chunks that hold them).
+    """Return the values at `index`. Whole chunks are decoded for them.
 
     Args:
       index: A slice of step 1 for each axis; missing slices mean whole axes. None reads the whole
@@ -114,7 +114,7 @@ class Stack(Tensor):
 
 
 class Cast(Tensor):
-  """A tensor whose values are cast to another dtype when read.
+  """A tensor whose values are cast to another dtype as they are read.
 
   Casts to integers must be exact; T5X's legacy writer stores int8 kernels as floats of equal value.
   """

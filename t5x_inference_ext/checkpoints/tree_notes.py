@@ -12,7 +12,7 @@ from t5x_inference_ext.checkpoints.conventions import (
   Conventions,
   ConventionSources,
 )
-from t5x_inference_ext.checkpoints.readers.flaxformer import Reading
+from t5x_inference_ext.checkpoints.readers.flaxformer import ParsedModel
 from t5x_inference_ext.checkpoints.readers.flaxformer_names import FINAL_NORM
 from t5x_inference_ext.checkpoints.readers.training_gin import CONFIG_GIN, training_conventions
 from t5x_inference_ext.checkpoints.readers.tree import Tree
@@ -49,7 +49,7 @@ def recorded_conventions(
     if data is not None:
       where = f'{directory}/{CONFIG_GIN}'
       found.append((where, training_conventions(_text(data, where), where)))
-  return tuple((name, conventions) for name, conventions in found if conventions.said())
+  return tuple((name, conventions) for name, conventions in found if conventions.stated())
 
 
 def _of_manifest(data: bytes, where: str) -> Conventions:
@@ -57,8 +57,8 @@ def _of_manifest(data: bytes, where: str) -> Conventions:
   content = storage.load_json(data, where)
   try:
     model = vars(ModelConfig.from_dict(content['model']))
-    said = {name: model[name] for name in CONVENTION_NAMES if name in model}
-    return Conventions(**said, rescale_logits=True)
+    stated = {name: model[name] for name in CONVENTION_NAMES if name in model}
+    return Conventions(**stated, rescale_logits=True)
   except (ValueError, TypeError, KeyError) as e:
     raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e!s:.200}') from e
 
@@ -70,12 +70,12 @@ def _text(data: bytes, where: str) -> str:
     raise CheckpointError(f'{where} is not a gin file: it is not UTF-8') from e
 
 
-def tree_notes(tree: Tree, found: Reading, sources: ConventionSources) -> tuple[str, ...]:
-  """Return lines for commands to print: the contents of a tree, and the sources of conventions.
+def tree_notes(tree: Tree, found: ParsedModel, sources: ConventionSources) -> tuple[str, ...]:
+  """Return lines that describe a tree's contents and the sources of its conventions, to print.
 
   Args:
     tree: The parameters, as stored.
-    found: The model.
+    found: The tree, parsed as a model.
     sources: Sources of the conventions.
   """
   step = '' if tree.step is None else f', step {tree.step}'
@@ -85,14 +85,14 @@ def tree_notes(tree: Tree, found: Reading, sources: ConventionSources) -> tuple[
     f'model: {found.config}',
     f"layers: flaxformer's {found.kind.name}, layer axis {found.layer_axis}",
     f'weights: {found.weights}',
-    *(f'{name}: {said}' for name, said in found.conventions.items()),
+    *(f'{name}: {stated}' for name, stated in found.conventions.items()),
     *sources.overruled(found.conventions),
     *_norm_doubts(scale, tree),
   )
 
 
 def _norm_doubts(scale: str, tree: Tree) -> Iterator[str]:
-  """Yield a note if norm scales look like those of the opposite convention (zero or one).
+  """Yield a note if the values of norm scales suggest the other norm_scale, zero or one.
 
   With the wrong convention, a model's output is nonsense.
   """

@@ -26,10 +26,10 @@ def _exchanged(sizes: tuple) -> tuple:
 
 
 class Reordered(Tensor):
-  """Given indices of a tensor's axis, in a given order, such as heads out of a fused matrix.
+  """Selected indices of a tensor's axis in a given order, such as the heads of one fused part.
 
-  The view reads `unit` indices at a time, by reading the smallest range of `source` that contains
-  them. So the indices of a unit, such as a head, should be close together in `source`.
+  The view reads `unit` indices together, as the smallest range of `source` that contains them. So
+  the indices of a unit, such as a head, should be close together in `source`.
   """
 
   def __init__(self, source: Tensor, axis: int, order: npt.NDArray[np.int64], unit: int) -> None:
@@ -86,7 +86,7 @@ class Affine(Tensor):
 
 
 class Constant(Tensor):
-  """A float32 tensor of equal values, which a checkpoint does not store."""
+  """A float32 tensor of equal values, for a tensor that the checkpoint lacks."""
 
   def __init__(self, shape: tuple[int, ...], value: float, path: str) -> None:
     super().__init__(shape, np.float32, path)

@@ -27,8 +27,8 @@ def run_jobs(jobs: Iterable[Callable[[], None]], workers: int) -> None:
   """Run independent jobs on `workers` threads.
 
   Raises:
-    Exception: The first error of a job. It is raised when no job runs any more, and no job begins
-      after it occurred.
+    Exception: The first error of a job. After it no job begins; it is raised when the running jobs
+      have ended.
   """
   running: set[concurrent.futures.Future[None]] = set()
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:

@@ -1,1 +1,1 @@
-"""The commands, their flags and their help."""
+"""The commands: their flags, help and entry points."""

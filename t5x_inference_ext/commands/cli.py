@@ -1,4 +1,4 @@
-"""Parts that all commands share: a session (flags, errors as one line, exit code), and gin flags.
+"""Parts that all commands share: a session (flags, one-line errors, exit code) and gin flags.
 
 A command's module has
 
@@ -37,8 +37,8 @@ from t5x_inference_ext.commands import option_flags
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.options import has_type, type_text
 
-# Imported for its side effect: gin uses importlib.util without importing it, and absl.logging
-# defines its flags.
+# Imported for side effects: gin uses importlib.util without importing it, and absl.logging defines
+# absl's flags.
 assert importlib.util and absl_logging
 
 _GIN_GROUP = 'Gin'
@@ -52,10 +52,10 @@ class HelpShown(Exception):
 class Session:
   """One run of a command: its flags, and an exit code however the command ends.
 
-  A context manager. Errors that the user can fix (UserError, a full disk, too little memory) become
+  Context manager. Errors that the user can fix (UserError, a full disk, too little memory) become
   one line `error: ...` on stderr and exit code 2. Ctrl-C gives code 130. If the reader of a pipe
-  has ended, as with `| head`, the code is a shell's code for SIGPIPE. Other exceptions keep their
-  traceback. Printed lines are not buffered, even if the output is a file.
+  has ended, as with `| head`, the code is the one that shells use for SIGPIPE. Other exceptions
+  keep their traceback. Lines are printed without buffering, even into a file.
 
   Args:
     doc: Text that --help prints before the flags.
@@ -63,7 +63,7 @@ class Session:
     argv: Command line, beginning with the command's name; sys.argv by default.
 
   Attributes:
-    code: Exit code of the process. A command may set it, to report something other than 0.
+    code: Exit code of the process. A command may set it.
   """
 
   def __init__(
@@ -78,7 +78,7 @@ class Session:
 
   def __enter__(self) -> 'Session':
     if isinstance(sys.stdout, io.TextIOWrapper):
-      # A path on the command line may hold bytes that are not UTF-8. They are printed as escapes.
+      # A path on the command line may have bytes that are not UTF-8, which are printed as escapes.
       sys.stdout.reconfigure(line_buffering=True, errors='backslashreplace')
     return self
 
@@ -95,7 +95,7 @@ class Session:
       self.code = 130
     elif isinstance(error, BrokenPipeError):
       nowhere = os.open(os.devnull, os.O_WRONLY)
-      os.dup2(nowhere, sys.stdout.fileno())  # because Python flushes again at exit
+      os.dup2(nowhere, sys.stdout.fileno())  # Python flushes again at exit
       self.code = 128 + signal.SIGPIPE
     elif error is not None and (message := _user_message(error)):
       print(f'error: {message}', file=sys.stderr)
@@ -113,7 +113,7 @@ class Session:
     self._define_flags(flags)
     _define_gin_flags(flags)
     try:
-      # Flags that the command does not define may be absl's, such as --alsologtostderr.
+      # Other flags may be absl's own, such as --alsologtostderr.
       unknown = flags(rewrite_gin_flags(self._argv), known_only=True)
       if flags.help:
         print(option_flags.help_text(self._doc, flags))
@@ -127,10 +127,10 @@ class Session:
 
 
 def _user_message(error: BaseException) -> str:
-  """Return one line for an error that the user can fix; '' for an error of this package."""
+  """Return one line for an error that the user can fix; '' for a bug of this package."""
   if isinstance(error, UserError):
     return str(error)
-  # A FileNotFoundError may be this package's fault; other OSErrors are due to the machine.
+  # A FileNotFoundError may be a bug of this package. Other OSErrors are due to the machine.
   if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and error.strerror:
     return f'{error.strerror}: {error.filename}' if error.filename else error.strerror
   # Compare the name of jax's error class, since some commands run without importing jax.
@@ -185,8 +185,8 @@ def parse_gin(flags: absl_flags.FlagValues) -> str:
     The whole configuration as gin text, for a record of the run.
 
   Raises:
-    UserError: A file is not found; a binding's target is unknown (including a macro that no file
-      defines or uses, which gin would ignore); or a required macro is not set.
+    UserError: A file is not found; a binding's target is unknown; a macro that no file defines or
+      uses is bound (gin would ignore it); or a required macro is not set.
   """
   gin.clear_config()
   # The package's parent directory is a gin search path, so its gin files are found from everywhere.
@@ -217,12 +217,12 @@ def parse_gin(flags: absl_flags.FlagValues) -> str:
 
 
 def _is_no_search(record: logging.LogRecord) -> bool:
-  """Drop gin's log of an error for each search path that lacks a file: the next may have it."""
+  """Drop gin's error for a search path that lacks a file, which another path may have."""
   return not str(record.msg).startswith('Path not found')
 
 
 def configure(function: Callable[..., Any], **arguments: Any) -> Callable[[], Any]:
-  """Bind gin's arguments and those given here to `function`; return a function without arguments.
+  """Return `function` with all its arguments bound: by gin, or given here.
 
   Raises:
     UserError: A parameter without a default is neither bound nor given, a value is not of the
@@ -233,7 +233,7 @@ def configure(function: Callable[..., Any], **arguments: Any) -> Callable[[], An
     sources = gin.get_bindings(function, resolve_references=False)
   except (TypeError, ValueError) as e:
     message, call, _ = str(e).partition('\n  In call to configurable')
-    if call or isinstance(e, UserError):  # raised while gin made an object
+    if call or isinstance(e, UserError):  # raised while gin constructed an object
       raise UserError(message) from e
     bound, sources = {}, {}  # no gin file binds the function's parameters
   hints = typing.get_type_hints(function)
@@ -255,7 +255,7 @@ def configure(function: Callable[..., Any], **arguments: Any) -> Callable[[], An
 
 
 def _check_macro(binding: str) -> None:
-  """Raise UserError for a binding of a macro that no parsed gin file defines or uses."""
+  """Raise UserError if no parsed gin file defines or uses the macro of a binding."""
   name = binding.partition('=')[0].strip()
   if not name.isidentifier():
     return  # scope/module.function.parameter, which gin checks itself

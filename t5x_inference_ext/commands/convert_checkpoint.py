@@ -111,7 +111,7 @@ class ReportOptions:
   """Options for verifying a checkpoint and for the quality report."""
 
   verify: bool = option(
-    False, help='Convert nothing: re-read the finished checkpoint --output.', group=COMMON
+    False, help='Do not convert: re-read the finished checkpoint --output.', group=COMMON
   )
   report: str | None = option(
     None,
@@ -119,10 +119,14 @@ class ReportOptions:
     group=_REPORT,
   )
   report_tokens: str | None = option(
-    None, help='For the report: a .npy file of token ids [rows, length].', group=_REPORT
+    None,
+    help='For the report: .npy file of token ids [rows, length], to compute losses on.',
+    group=_REPORT,
   )
   report_task: str | None = option(
-    None, help='For the report: a seqio task with the feature `targets`.', group=_REPORT
+    None,
+    help='For the report: seqio task with a feature `targets`, to compute losses on.',
+    group=_REPORT,
   )
   report_task_module: str | None = option(
     None, help='Module that registers the task.', group=_REPORT
@@ -199,7 +203,7 @@ def convert_or_verify(flags: absl_flags.FlagValues) -> None:
 
 
 def shards_of_processes(flags: absl_flags.FlagValues) -> dict[str, int]:
-  """Join the run's processes if flags say so; return their num_shards and shard_id, else {}."""
+  """Join the processes given by flags; return num_shards and shard_id, {} without such flags."""
   if not any(flags[name].present for name in option_flags.option_names(ProcessOptions)):
     return {}
   if flags.num_shards != 1 or flags.shard_id != 0:

@@ -82,7 +82,7 @@ from t5x_inference_ext.text_files import check_extra
 
 EQUAL, DIFFERENT = 0, 1  # exit codes of a replay
 _REPLAY_TAKES = ('checkpoint', 'vocabulary', 'scan_layers', 'batch_size', *CONVENTION_NAMES)
-EXPLAINED_PROMPT = 512  # prompt tokens to explain a layout for, if --cache_length is not given
+EXPLAINED_PROMPT = 512  # prompt tokens that --explain_layout assumes without --cache_length
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -168,7 +168,7 @@ def _jobs(flags: absl_flags.FlagValues) -> Iterator[Job]:
 
 
 def _infer_options(flags: absl_flags.FlagValues) -> InferOptions:
-  """Return the options of a run over prompts. Raises UserError for missing or wrong ones."""
+  """Return the options of a run over prompts; raise UserError for missing or wrong ones."""
   needed = ('checkpoint',) if flags.explain_layout else ('checkpoint', 'prompts', 'output')
   option_flags.check_given(flags, *needed)
   return option_flags.read_options(
@@ -179,7 +179,7 @@ def _infer_options(flags: absl_flags.FlagValues) -> InferOptions:
 def _task_run(
   flags: absl_flags.FlagValues, processes: ProcessOptions, cache: CacheOptions
 ) -> Callable[[], Iterator[Job]]:
-  """Return the function that starts a run over a seqio task, with all arguments bound by gin."""
+  """Return a function that starts a run over a seqio task. Its arguments are bound by gin."""
   plain = option_flags.option_names(InferOptions, PromptsFiles, SamplingParams)
   cli.check_unmixed(flags, plain, 'CHECKPOINT_PATH=\\"DIR\\"', 'configs/runs/infer.gin')
   check_extra('seqio', 'a run over a task needs seqio and tensorflow', 'seqio', 'tensorflow')

@@ -1,12 +1,12 @@
-"""Print a checkpoint's contents, the most similar known model, and the cost of converting it.
+"""Print a checkpoint's contents, the known model nearest to it, and the cost of converting it.
 
   python -m t5x_inference_ext.inspect_checkpoint examples/palm_tiny/checkpoint_1000
 
 Any format is accepted: T5X's legacy format and Orbax, scanned or not, float or quantized; public
 models as safetensors or GGUF; serving checkpoints; and trees of models that can't be served, with
-the reason. Only the norms are read, and one block of the largest array, to measure how long
-decoding and rounding take. The printed time assumes this rate for all blocks on all cores; with a
-slower disk it will be longer.
+the reason. Only the norms are read, and one block of the largest array, to measure the rate of
+decoding and rounding. The printed time assumes this rate for all blocks on all cores; a slower disk
+makes it longer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,7 +31,7 @@ from t5x_inference_ext.progress_bar import print_line
 from t5x_inference_ext.quantization import rounding
 from t5x_inference_ext.text_format import decimal_bytes, rough_duration
 
-# Fields by which known models are distinguished. The vocabulary size is not one: it may be padded.
+# Fields that distinguish known models. The vocabulary size does not: it may be padded.
 SHAPE = (
   'num_layers',
   'd_model',
@@ -102,7 +102,7 @@ def tensor_lines(tensors: Mapping[str, Tensor], is_chunked: bool = True) -> Iter
 
   Args:
     tensors: The tensors, by name.
-    is_chunked: Whether they are stored in chunks; if not, any range of bytes can be read.
+    is_chunked: Whether the tensors are stored in chunks. If not, any range of bytes can be read.
   """
   names = {printable(name): tensor for name, tensor in tensors.items()}
   width = max(map(len, names), default=0)
@@ -165,7 +165,7 @@ def costs(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def rate(conversion: Conversion) -> float:
-  """Return the bytes per second that one worker decodes and rounds, timed on one block."""
+  """Return how many bytes per second one worker decodes and rounds, measured on one block."""
   plan = conversion.plan
   largest = max(plan.slices, key=plan.nbytes)
   block = plan.blocks(largest)[0]

@@ -46,7 +46,7 @@ def define_options(
   Args:
     flags: FlagValues to add the flags to.
     options: Dataclass whose fields are made with options.option.
-    skip: Names of fields that do not become flags.
+    skip: Names of fields that get no flag.
     group: Heading in --help; None: the headings of the fields.
     prefix: Text to put before each help text.
   """
@@ -90,7 +90,7 @@ def define_flag(
   kind: Any = annotation
   if typing.get_origin(annotation) is types.UnionType:
     kind = str if str in members else members.pop()  # int | str: a number with an optional unit
-  # absl groups flags by module name; here the module name is the heading that --help shows.
+  # absl groups flags by module name: pass the heading of --help as the module name.
   arguments: dict[str, Any] = {'flag_values': flags, 'module_name': group or 'Flags'}
   if choices:
     absl_flags.DEFINE_enum(name, default, list(choices), text, **arguments)
@@ -132,7 +132,7 @@ def help_text(doc: str, flags: absl_flags.FlagValues) -> str:
   """Return the text of --help: a command's docstring, then its flags by group, in order."""
   lines = [inspect.cleandoc(doc)]
   for group, members in flags.flags_by_module_dict().items():
-    # The group of absl's own flags is a module name, which contains a dot and is not a heading.
+    # absl's own flags have a module name as their group; it contains a dot, and headings do not.
     lines += ['', f'{"Flags" if "." in group else group}:', *map(_flag_text, members)]
   return '\n'.join(lines)
 

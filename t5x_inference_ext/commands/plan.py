@@ -3,10 +3,11 @@ r"""Predict the cost of each slice, mesh, batch and pair of layouts, and choose 
   python -m t5x_inference_ext.plan --model=palm_540b --slice=v4:4x4x4 --batch=64 \
       --input_length=1920 --output_length=64
 
-prints every pair of layouts for prefill and decode, the fastest first, with its predicted time,
-MFU, memory and limiting resource; then the best pair's time, part by part, and why it is the best.
-The predictions come from the paper's analytical model: nothing is compiled, and no device is used.
-Without --slice all usual slices of --chip are considered, without --batch powers of two up to 1024:
+prints all pairs of layouts for prefill and decode, fastest first, with predicted time, MFU, memory
+and limiting resource. Then it prints the parts of the best pair's time, and why that pair is the
+best. The predictions come from the paper's analytical model: nothing is compiled, and no device is
+used. Without --slice all usual slices of --chip are considered, without --batch powers of two up to
+1024:
 
   python -m t5x_inference_ext.plan --model=palm_62b --chip=v4,v5e --batch=8 --latency_target_ms=1500
   python -m t5x_inference_ext.plan --model=palm_8b --slice=v5e:2x4 --objective=throughput \
@@ -66,7 +67,7 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
     None,
     'The slice: v4:4x4x4, v5p:2x2x4, v5e:4x8, v6e:2x2, ...; or as the cloud names it, v4-128, '
     'v5litepod-16; or GPUs: A100:16, H100:8, H200:8; or several, with commas. '
-    'Default: the usual slices of --chip are all considered.',
+    'Default: all usual slices of --chip are considered.',
   ),
   (
     'string',
@@ -84,8 +85,8 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
   ),
   ('integer', 'input_length', 1920, 'Tokens of each prompt.'),
   ('integer', 'output_length', 64, 'Tokens to generate for each prompt, one decode step each.'),
-  ('enum', 'weights', 'int8', 'dtype of the weights.', _DTYPES),
-  ('enum', 'cache', 'bfloat16', 'dtype of keys and values.', _DTYPES),
+  ('enum', 'weights', 'int8', 'Dtype of the weights.', _DTYPES),
+  ('enum', 'cache', 'bfloat16', 'Dtype of keys and values.', _DTYPES),
   (
     'enum',
     'objective',
@@ -115,7 +116,8 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
     'string',
     'layout',
     None,
-    'The only layouts to price, for prefill and for decode: wg_xyz/batch,ws_2d/batch, or one for '
+    'The only layouts to consider, for prefill and for decode: wg_xyz/batch,ws_2d/batch, or one '
+    'for '
     'both (docs/layouts.md). Default: all.',
   ),
   (

@@ -3,20 +3,21 @@ r"""Compile a model for a TPU slice without having one: does it fit, and how lon
   python -m t5x_inference_ext.precompile --model=palm_540b --weights=int8 --slice=v4:4x4x4 \
       --phase=decode --batch=64 --context=2048 --layout=ws_2d/batch
 
-The program is the real one at full size: embedding, all layers, logits, greedy choice of the next
-token, and a KV cache that is written in place. Only the weights are missing. The TPU compiler
-(libtpu: pip install 't5x_inference_ext[tpu]') runs on any Linux machine; no TPU is needed. The
-compiler reports the memory of a chip that the program takes, and the cycles that it expects for
-every operation; the cost of collectives follows from the links of the slice. Without --layout all
-layouts that suit the phase are compiled, and the one with the smallest estimate is reported. A
-prefill takes prompts of --prompt tokens (by default the whole context):
+The program is the real one, at full size: embedding, all layers, logits, greedy choice of the next
+token, and a KV cache that is written in place. Weights are not needed. The TPU compiler (libtpu:
+pip install 't5x_inference_ext[tpu]') runs on any Linux machine; no TPU is needed. The compiler
+reports the program's memory on a chip, and the expected cycles of every operation. The time of
+collectives is computed from the links of the slice. Without --layout all layouts that suit the
+phase are compiled, and the one with the smallest estimate is reported. A prefill takes prompts of
+--prompt tokens (by default the whole context):
 
   python -m t5x_inference_ext.precompile --model=palm_62b --weights=bfloat16 --slice=v5e:4x4 \
       --phase=prefill --batch=16 --context=2048 --prompt=1024 \
       --json=/tmp/prefill.json --hlo=/tmp/prefill.txt
 
 --save=FILE writes the executable, which runs only on these versions and chips. With
---phase=generate infer can run it for each batch, and so starts on the slice without compiling:
+--phase=generate, `infer` can run the executable for each batch, and starts on the slice without
+compiling:
 
   python -m t5x_inference_ext.precompile --model=palm_8b --slice=v4:2x2x1 --phase=generate \
       --batch=32 --context=512 --max_new_tokens=64 --layout=ws_2d/batch \
@@ -58,15 +59,15 @@ PRECOMPILE_TARGET = {
   'mesh': 'XxYxZ over the whole slice. By default along its torus.',
   'layout': 'feedforward/attention[/collectives] of the phase, such as ws_2d/batch '
   '(docs/layouts.md). By default the best layout that suits the phase.',
-  'other_layout': 'The layout of the other phase, which shares the weights and the cache. By '
-  'default ws_2d/batch, or ws_1d/batch beside ws_1d.',
+  'other_layout': 'Layout of the other phase, which uses the same weights and cache. Default: '
+  'ws_1d/batch if --layout is a ws_1d layout, else ws_2d/batch.',
 }
 PRECOMPILE_FILES = {
   'json': 'Write the report into this file, as JSON.',
   'hlo': 'Write the compiled program into this file, as text.',
   'save': 'Write the executable into this file.',
 }
-# Defaults of options that have no default in CompileCase.
+# Defaults of the command's options that have none in CompileCase.
 _DEFAULTS = {'weights': 'int8', 'phase': 'decode', 'context': 2048}
 
 

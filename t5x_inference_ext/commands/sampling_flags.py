@@ -9,7 +9,7 @@ from t5x_inference_ext.runs.row_sampling import parse_logit_bias
 from t5x_inference_ext.text_files import parse_json
 
 _GROUP = 'Choosing tokens'
-# logit_bias is a mapping; on the command line it is JSON.
+# logit_bias is a mapping, which the command line takes as JSON.
 _SKIP = ('logit_bias',)
 NAMES = option_flags.option_names(SamplingParams)
 
@@ -23,7 +23,7 @@ def define_sampling(flags: absl_flags.FlagValues, prefix: str = '') -> None:
 
 
 def read_sampling(flags: absl_flags.FlagValues) -> SamplingParams:
-  """Return the SamplingParams that flags give. Raises UserError for a value out of its range."""
+  """Return the SamplingParams of the flags; raise UserError for a value out of its range."""
   if flags.logit_bias is None:
     return option_flags.read_options(flags, SamplingParams, skip=_SKIP)
   example = 'write --logit_bias=\'{"13": -5, "1": 2.5}\''

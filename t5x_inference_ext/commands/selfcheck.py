@@ -4,9 +4,9 @@
 
 It prints the devices and how they are connected. It decodes golden tokens with the bundled
 checkpoint: with float32 weights in every pair of layouts, with int8 weights in every layout, and
-through the scheduler that serves requests. It times a few programs, on a TPU beside their
-estimates. If a part fails, this is printed and the other parts run. The report contains all
-results, to send to the developers.
+through the scheduler that serves requests. It times a few programs; on a TPU it compares the times
+with estimates. If a part fails, the failure is printed and the other parts still run. The report
+contains all results, to send to the developers.
 
 On a slice of several hosts, start it on all of them:
 

@@ -36,7 +36,8 @@ class AttentionColumns:
     sharding: Decides what each axis does.
     config: Shape of the model.
     summed: Whether columns arrive summed over the embed axes, with rows or positions split over
-      them (ActivationSharding.sums_into). Attention's output then returns split in the same way.
+      them (ActivationSharding.reduce_scatter_dim). Attention's output then returns split in the
+      same way.
   """
 
   sharding: ActivationSharding

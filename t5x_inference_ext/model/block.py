@@ -91,7 +91,7 @@ class Layer:
     for part in self.config.block_parts:
       project = projections(sharding, part, overlaps=self.parts.count > 1)
       w = keep_slices_apart(weights[part.name], part, sharding, self.config)
-      summed = sharding.sums_into(part) is not None
+      summed = sharding.reduce_scatter_dim(part) is not None
       columns = [self._columns(each, project, w, part) for each in x]
       outputs: list[list[jax.Array]] = [[] for _ in x]
       if part.attention:

@@ -4,7 +4,7 @@ WeightStationary and WeightGathered have one interface. `inputs` maps the residu
 from [B, T, E], to columns (`inputs_of_two_norms` where attention and MLP have a norm each);
 `outputs` maps columns back to the residual stream. Columns are partial sums over the embed axes,
 except where all columns of a block part are reduced into rows, or all into positions
-(ActivationSharding.sums_into): then they arrive summed, and split in that dimension.
+(ActivationSharding.reduce_scatter_dim): then they arrive summed, and split in that dimension.
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ class WeightStationary:
     else:
       y = self._gathered(y)
       y = int8.matmul(y, w.w_in, w.in_scale)
-    dim = self.sharding.sums_into(self.block_part)
+    dim = self.sharding.reduce_scatter_dim(self.block_part)
     y = self._sum_columns(y, dim)  # all columns, before cutting them
     # If MLP and attention columns are one array, attention's output is later written into it,
     # beside the MLP's. So the MLP's slice keeps the columns after it as room; their values are
@@ -87,7 +87,7 @@ class WeightStationary:
       w: The weights.
       widths: Number of columns by name.
     """
-    layout, dim = self.sharding.layout, self.sharding.sums_into(self.block_part)
+    layout, dim = self.sharding.layout, self.sharding.reduce_scatter_dim(self.block_part)
     if not layout.ring_directions:
       y = self._gathered(y)
     attention, mlp = _scaled_by_two_norms(y, w)
@@ -113,7 +113,7 @@ class WeightStationary:
     """Multiply columns, in the order of w_out's rows, by w_out. Does not apply out_scale."""
     layout = self.sharding.layout
     y = _side_by_side(columns, w.w_out.shape[0])
-    dim = self.sharding.sums_into(self.block_part)
+    dim = self.sharding.reduce_scatter_dim(self.block_part)
     if dim is not None:
       y = ops.all_gather(y, layout.embed_axes, dim)
     if layout.ring_directions:

@@ -84,7 +84,7 @@ def token_parts(
     return whole
   if layout.gathered_axes or layout.ring_directions or dim is None or dim == 2:
     return whole
-  if embed > 1 and any(sharding.sums_into(part) != dim for part in config.block_parts):
+  if embed > 1 and any(sharding.reduce_scatter_dim(part) != dim for part in config.block_parts):
     return whole
   blocks, tokens = math.lcm(hidden, embed), (batch, length)[dim]
   if batch * length < MIN_TOKENS:

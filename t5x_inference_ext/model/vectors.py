@@ -91,7 +91,7 @@ def input_norm_axes(part: BlockPart, config: ModelConfig, sharding: ActivationSh
 def mlp_axes(part: BlockPart, sharding: ActivationSharding) -> Axes:
   """Return the axes that split the MLP's columns when its nonlinearity is applied."""
   layout = sharding.layout
-  split = sharding.mlp_dim == 2 and sharding.sums_into(part) is None
+  split = sharding.mlp_dim == 2 and sharding.reduce_scatter_dim(part) is None
   return layout.hidden_axes + (layout.embed_axes if split else ())
 
 

@@ -1,4 +1,4 @@
-"""The error if no plan is possible: how far off the nearest is, and which change would help."""
+"""The error for requests without a plan: how far off the nearest plan is, and what would help."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ from t5x_inference_ext.text_format import gib, seconds_text
 
 
 class NothingFits(UserError):
-  """No plan fits, or none is fast enough.
+  """No plan fits into memory, or none is fast enough.
 
   The message says how far off the nearest plan is, and which changes would help.
   """
@@ -62,8 +62,8 @@ def nothing_fits(
   )
   return NothingFits(
     f'nothing fits: with the least memory ({prefill.layout_text} and {decode.layout_text} on '
-    f'{prefill.mesh_text}) each chip of {nearest} needs {gib(m.needed)} GiB in '
-    f'{tightest} (weights {gib(m.weights)}, cache {gib(m.cache)}, '
+    f'{prefill.mesh_text}) each chip of {nearest} needs {gib(m.needed)} GiB in {tightest} (weights '
+    f'{gib(m.weights)}, cache {gib(m.cache)}, '
     f'temporaries about {gib(m.working)}) and has {gib(m.available)}: '
     f'{gib(m.needed - m.available)} too many; what would fit: '
     f'{"; ".join(filter(None, changes)) or "no single change"}'
@@ -79,7 +79,7 @@ def _fits(request: PlanRequest, machine: Machine) -> bool:
 
 
 def _other_dtype(request: PlanRequest, machines: Sequence[Machine], field: str, words: str) -> str:
-  """Return `words` if the request fits with int8 in a field, else ''."""
+  """Return `words` if the request fits with 'int8' as the value of `field`, else ''."""
   if getattr(request, field) == 'int8':
     return ''
   smaller = request.replace(**{field: 'int8'})
@@ -87,13 +87,12 @@ def _other_dtype(request: PlanRequest, machines: Sequence[Machine], field: str, 
 
 
 def _most(request: PlanRequest, machine: Machine, mesh: Mesh, field: str, words: str) -> str:
-  """Return `words` with the largest number in a field that fits, or '' if not even 1 fits.
+  """Return `words` with the largest value of `field` that fits; '' if not even 1 fits.
 
   Args:
     request: The request.
     machine: The machine.
-    mesh: A mesh to try before the others: what fits on some mesh often fits on the one that comes
-      nearest for the whole request.
+    mesh: The mesh to try first: the one on which the whole request comes nearest to fitting.
     field: The field.
     words: Text with a place for the number.
   """
@@ -107,10 +106,10 @@ def _most(request: PlanRequest, machine: Machine, mesh: Mesh, field: str, words:
 
 
 def largest_that(fits: Callable[[int], bool], limit: int) -> int:
-  """Return the largest of 1 ... limit - 1 that fits, or 0. If a number fits, smaller ones fit too.
+  """Return the largest number below `limit` that fits, or 0; `fits` must be monotonic.
 
-  The search doubles before it halves: the answer is often far below the limit, and small requests
-    are searched fastest.
+  The search first doubles a lower bound, then bisects: the answer is often far below the limit, and
+  small requests are fastest to check.
   """
   high = 1
   while high < limit and fits(high):
@@ -133,7 +132,7 @@ def _larger_slice(request: PlanRequest, machines: Sequence[Machine]) -> str:
   anywhere = request.replace(mesh=None)
   larger = sorted((m for m in known if m.chips > most), key=lambda m: m.chips)
   divide = [machine for machine in larger if _divides(anywhere, machine)]
-  if not divide or not _fits(anywhere, divide[-1]):  # what the largest can't hold, none can
+  if not divide or not _fits(anywhere, divide[-1]):  # if the largest slice can't hold it, none can
     return ''
   return next(str(machine) for machine in divide if _fits(anywhere, machine))
 

@@ -17,7 +17,7 @@ from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors
 
 PASSES = ('prefill', 'decode')
-# Bytes of an element. Activations are always bfloat16 (in section 3.6 only weights are int8).
+# Bytes of an element. Activations are always bfloat16, as in section 3.6 of the paper.
 WEIGHT_BYTES = {'int8': 1, 'bfloat16': 2}
 CACHE_ELEMENT_BYTES = {'int8': 1, 'bfloat16': 2}
 ACTIVATION_BYTES = 2
@@ -98,7 +98,7 @@ class PassCase:
 
   @property
   def layout_text(self) -> str:
-    """The layout's name; ws_2d on one chip along x does not split d_model, and is told as 1D."""
+    """The layout's name. It has '(1D)' if ws_2d does not split d_model, with one chip along x."""
     one_dimensional = self.layout.feedforward == 'ws_2d' and self.mesh[0] == 1 < math.prod(
       self.mesh
     )
@@ -125,7 +125,7 @@ class PassCase:
 
   @property
   def seen(self) -> int:
-    """S after padding: the number of positions that attention sees."""
+    """S after padding: the number of positions that attention reads."""
     return self.context + self.padded - self.length
 
   @property
@@ -135,15 +135,16 @@ class PassCase:
     return _packed(self.config, one_dimensional, self.mesh, self.weights == 'int8')
 
   @property
-  def moves(self) -> tuple[list[Collective], list[Collective]]:
+  def collectives(self) -> tuple[list[Collective], list[Collective]]:
     """The collectives of one layer, and the collectives of lookup, final norm and logits."""
     arguments = self.config, self.sharding, axis_sizes(self.mesh), self.batch, self.padded
-    # logits_moves needs the prefill layout, because it decides how rows are split for sampling.
-    # This layout can stand for it: all layouts that can share weights split them alike.
+    # logits_collectives takes the prefill layout, which decides how rows are split for sampling.
+    # Any layout that can share weights with prefill's splits the rows in the same way, so pass this
+    # one.
     return (
-      traffic.layer_moves(*arguments, ACTIVATION_BYTES, WEIGHT_BYTES[self.weights]),
-      traffic.embedding_moves(*arguments, ACTIVATION_BYTES)
-      + traffic.logits_moves(
+      traffic.layer_collectives(*arguments, ACTIVATION_BYTES, WEIGHT_BYTES[self.weights]),
+      traffic.embedding_collectives(*arguments, ACTIVATION_BYTES)
+      + traffic.logits_collectives(
         *arguments, self.layout, ACTIVATION_BYTES, last=self.phase != 'verify'
       ),
     )

@@ -25,9 +25,10 @@ if typing.TYPE_CHECKING:
   from t5x_inference_ext.precompile.memory import CompiledMemory
 
 COLLECTIVES_ROW = 'collectives'
-# Time of collectives, and in a compiled program of copies, that other work hides.
+# Name of the row of overlapped time: of collectives, and in a compiled program also of copies.
 HIDDEN_ROW = 'hidden, less waits for prefetches'
-# precompile.calibration corrects what was compiled; the prediction is at its fitted efficiency.
+# The compiled total as corrected by precompile.calibration, beside the prediction at fitted
+# efficiency.
 CALIBRATED_ROW = 'all, compiled one calibrated'
 # Row -> (kinds of compiled operations, predicted parts). Compiled products include reading their
 # weights.
@@ -47,7 +48,7 @@ class CheckRow:
     name: A key of GROUPS, or the quantity that is compared.
     unit: 's' or 'bytes'.
     predicted: The planner's value, at the plan's efficiency.
-    at_full_rate: The planner's value at the chip's peak rates. Bytes do not depend on the rates.
+    at_full_rate: The planner's value at the chip's peak rates; equal to `predicted` for bytes.
     compiled: The compiler's estimate, which is also at peak rates.
   """
 
@@ -63,8 +64,8 @@ class Checked:
   """A phase: predicted, and compiled.
 
   Attributes:
-    cost: Predicted cost with the whole cache, since a compiled program attends to all of it.
-    answer: The compiler's answer; None if it failed.
+    cost: Predicted cost with a full cache, because a compiled program attends to the whole cache.
+    answer: Result of compilation; None if it failed.
     rows: The compared parts; empty if the program failed or does not fit.
     problem: The reason why `rows` is empty, else ''.
   """
@@ -124,12 +125,12 @@ def _checked(plan: Plan, planned: PassCost, say: Callable[[str], None]) -> Check
       say=say,
     )
   except (RequestError, jax.errors.JaxRuntimeError) as e:
-    # For some programs the compiler can't write the text that precompile reads.
+    # The compiler can't print some programs as the text that precompile reads.
     return Checked(predicted, None, (), f'the compiler failed: {str(e).splitlines()[0]}')
   if not answer.fits:
     problem = 'it does not fit; python -m t5x_inference_ext.precompile says by how much'
     return Checked(predicted, answer, (), problem)
-  # Prefill also writes the whole cache, stored as for decode.
+  # Prefill also writes the whole cache, in decode's sharding.
   cache = memory(plan.decode.case, positions).cache
   held = dataclasses.replace(memory(case, positions), cache=cache)
   estimate, program = answer.estimate, answer.program
@@ -141,7 +142,7 @@ def _checked(plan: Plan, planned: PassCost, say: Callable[[str], None]) -> Check
 def _time_rows(predicted: PassCost, compiled: Estimate) -> Iterator[CheckRow]:
   ideal, by_kind = predicted.at(IDEAL), compiled.by_kind
   for name, (kinds, parts) in GROUPS.items():
-    # The predicted parts leave out time that products hide; the compiler's serial estimate includes
+    # Overlapped time is not in the predicted parts, but is in the compiler's serial estimate: add
     # it.
     ours, at_full_rate = (
       sum(c.parts[part] for part in parts) + (c.hidden_seconds if name == COLLECTIVES_ROW else 0)
@@ -167,7 +168,7 @@ def _time_rows(predicted: PassCost, compiled: Estimate) -> Iterator[CheckRow]:
 def _byte_rows(
   predicted: PassCost, estimate: Estimate, compiled: CompiledMemory, held: PlannedMemory
 ) -> Iterator[CheckRow]:
-  moved = sum(c.count * c.move.moved for c in predicted.collectives)
+  moved = sum(c.count * c.collective.moved for c in predicted.collectives)
   sent = sum(_sent_bytes(c) for c in estimate.costs)
   for name, planned_bytes, compiled_bytes in (
     ('sent by a chip', moved, sent),

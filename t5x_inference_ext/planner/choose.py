@@ -11,7 +11,7 @@ from t5x_inference_ext.planner.costs import cost
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.request import OBJECTIVES, Plan, PlanRequest
 
-# Batches to try if none is requested, as far as they fit.
+# Batches to try if none is requested. Those that do not fit are left out.
 BATCHES = tuple(2**i for i in range(11))
 _RANKED_BY: dict[str, Callable[[Plan], float]] = {
   'latency': lambda plan: plan.seconds,
@@ -31,7 +31,7 @@ class Choice:
     others: The best plan of each other machine and batch that fits and meets the target, best
       first.
     objective: The objective of the choice, one of OBJECTIVES.
-    target: Seconds that all of these plans meet. None: no target.
+    target: Time limit in seconds that all these plans meet. None: no limit.
   """
 
   plan: Plan
@@ -42,7 +42,7 @@ class Choice:
 
   @functools.cached_property
   def paper_plan(self) -> Plan | None:
-    """The plan chosen under the paper's network convention, with costs in the request's convention.
+    """The plan that the paper's convention would choose, with costs in the request's convention.
 
     None if it is the chosen plan itself. Cached, because both the report and the JSON file need it.
     """
@@ -76,10 +76,10 @@ def choose(
 ) -> Choice:
   """Return the best plan, and the plans that it was chosen from.
 
-  With one machine and one batch every objective means the least time. With several, 'latency' takes
-  the fastest, 'throughput' the one with the most tokens/s, and 'cost' the one with the fewest
-  chip-seconds per token. With a target, the objective is ignored, and the cheapest plan that meets
-  the target is taken.
+  On one machine with one batch, the fastest plan is chosen. Among several, the objective decides:
+  'latency' takes the fastest plan, 'throughput' the one with the most tokens/s, 'cost' the one with
+  the fewest chip-seconds per token. With a target the objective is ignored: the cheapest plan that
+  meets the target is chosen.
 
   Args:
     request: The model and its work.
@@ -100,16 +100,16 @@ def choose(
   refusal = None
   for machine in machines:
     for batch in batches or (request.batch,):
-      asked = request.replace(batch=batch)
+      candidate = request.replace(batch=batch)
       try:
-        fits = search.fits(asked, machine)
+        fits = search.fits(candidate, machine)
       except MeshError as e:
         refusal = refusal or e
         break
       if not fits:  # larger batches will not fit either
         say(f'{machine}, batch {batch}: does not fit')
         break
-      candidates.append(search.best(search.plans(asked, machine)))
+      candidates.append(search.best(search.plans(candidate, machine)))
       say(f'{machine}, batch {batch}: {candidates[-1][0].seconds:.3g} s')
   if not candidates:
     if refusal and len(machines) == 1:

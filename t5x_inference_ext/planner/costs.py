@@ -2,9 +2,9 @@
 
 The formulas are those of the paper's sections 2 and 3.
 
-Nothing overlaps, except that weights are gathered during the products of the previous layer
-(section 3.5), since that does not depend on activations. Of the gathering, only the time beyond
-these products is counted.
+Nothing overlaps, with one exception: a layer's weights are gathered during the previous layer's
+matmuls, because gathering does not depend on activations (section 3.5). Only the time by which
+gathering exceeds these matmuls is counted.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ LIMITS = {
   'weights moved': 'network',
 }
 PARTS = tuple(LIMITS)
-# Resource -> the field of Efficiency that its parts are divided by.
+# Resource -> the field of Efficiency by which times of that resource are divided.
 _STRETCHED_BY = {
   'compute': 'matmul',
   'weight load': 'memory',
@@ -41,13 +41,13 @@ class CollectiveTime:
   """A collective with all its runs in a pass.
 
   Attributes:
-    move: The collective.
+    collective: The collective.
     count: Number of runs.
     seconds: Total time of all runs, with no other traffic on the links.
-    of_weights: Whether it gathers weights, during compute.
+    of_weights: Whether the collective gathers weights, which overlaps with matmuls.
   """
 
-  move: Collective
+  collective: Collective
   count: int
   seconds: float
   of_weights: bool
@@ -64,7 +64,7 @@ class PassCost:
     work: FLOPs and bytes of one chip.
     collectives: The collectives of the layers, then those of the lookup and the logits.
     parts: Name from PARTS -> seconds.
-    hidden_seconds: Time of gathering weights that is hidden behind products.
+    hidden_seconds: Time of gathering weights that overlaps with matmuls.
   """
 
   case: PassCase
@@ -177,11 +177,11 @@ def _collectives(case: PassCase, network: Network) -> tuple[CollectiveTime, ...]
   """Return the collectives of the layers, then those of the lookup and the logits."""
   return tuple(
     CollectiveTime(
-      move,
+      collective,
       count,
-      count * network.seconds(move),
-      of_weights=move.name.startswith(('weights: ', 'scales: ')),
+      count * network.seconds(collective),
+      of_weights=collective.name.startswith(('weights: ', 'scales: ')),
     )
-    for moves, count in zip(case.moves, (case.config.num_layers, 1))
-    for move in moves
+    for run, count in zip(case.collectives, (case.config.num_layers, 1))
+    for collective in run
   )

@@ -13,7 +13,7 @@ from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.network import axis_sizes
 from t5x_inference_ext.planner.work import cache_bytes
 from t5x_inference_ext.sharding.layout import Layout
-from t5x_inference_ext.sharding.traffic import feedforward_moves
+from t5x_inference_ext.sharding.traffic import feedforward_collectives
 
 # The layouts that the paper draws.
 FEEDFORWARD_LAYOUTS = ('ws_2d', 'wg_x', 'wg_xy', 'wg_xyz')
@@ -23,28 +23,30 @@ CACHE_SHARE = 0.3  # share of a chip's memory for the cache, in the paper's Tabl
 def feedforward_bytes(config: ModelConfig, mesh: Mesh, feedforward: str, tokens: int) -> int:
   """Return the bytes that a chip sends for the MLP of one layer.
 
-  Elements are bfloat16, and (K-1)/K is taken as 1.
+  Elements are bfloat16, and the factor (K-1)/K of each collective is taken as 1.
 
   Raises:
     ValueError: The tokens do not divide over the chips that split them.
   """
-  moves = feedforward_moves(config, Layout(feedforward), axis_sizes(mesh), tokens)
-  return sum(move.bytes * (2 if move.kind == 'all_reduce' else 1) for move in moves)
+  collectives = feedforward_collectives(config, Layout(feedforward), axis_sizes(mesh), tokens)
+  return sum(
+    collective.bytes * (2 if collective.kind == 'all_reduce' else 1) for collective in collectives
+  )
 
 
 def switch_points(
   config: ModelConfig, mesh: Mesh, feedforward: Sequence[str] = FEEDFORWARD_LAYOUTS
 ) -> list[tuple[float, str, str]]:
-  """Return (tokens, layout below, layout above) for each number where the best layout changes.
+  """Return (tokens, layout below, layout above) for each number of tokens where the best changes.
 
-  The best layout sends the fewest bytes: bytes of weights, which are constant, and bytes of
-    activations, proportional to the tokens.
+  The best layout sends the fewest bytes. A layout's bytes are a line in the number of tokens:
+  constant for weights, proportional to the tokens for activations.
   """
   step = math.prod(mesh)
   lines = {}
   for name in feedforward:
     low, high = (feedforward_bytes(config, mesh, name, n) for n in (step, 2 * step))
-    lines[name] = 2 * low - high, (high - low) / step  # bytes of weights, bytes a token
+    lines[name] = 2 * low - high, (high - low) / step  # (bytes of weights, bytes per token)
   points: list[tuple[float, str, str]] = []
   at, current = 0.0, min(lines, key=lambda name: lines[name])
   while True:

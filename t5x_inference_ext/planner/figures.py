@@ -22,17 +22,17 @@ from t5x_inference_ext.text_files import check_plots
 FIGURE_FORMATS = ('.svg', '.png')
 _COLOURS = ('#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#8c564b', '#7f7f7f')
 _MAX_TOKENS = 2**21
-_ADDED = 'parts of the time are added: nothing overlaps but gathering weights'
+_ADDED = 'parts of the time are added: only gathering of weights overlaps'
 
 
 class PublishedPoint(NamedTuple):
   """A point that somebody published, drawn beside the predicted ones.
 
   Attributes:
-    panel: Phase whose panel has it; '' in a figure of one panel.
+    panel: Phase whose panel shows the point; '' in a figure of one panel.
     name: What it is.
-    x: Its place, in the units of the axes.
-    y: Likewise.
+    x: Position along the x axis, in the axis' unit.
+    y: Position along the y axis, in the axis' unit.
   """
 
   panel: str
@@ -109,13 +109,13 @@ def _milliseconds(points: Sequence[Point]) -> tuple[list[float], list[float]]:
 
 
 def communication(path: str, config: ModelConfig, mesh: Mesh) -> None:
-  """Draw, by layout, the GB a chip sends in one feedforward layer against tokens (Figure 3)."""
+  """Draw the GB that a chip sends in one feedforward layer, by layout and tokens (Figure 3)."""
   step = math.prod(mesh)
   tokens = [step * 2**i for i in range(max(1, (_MAX_TOKENS // step).bit_length()))]
   about = (
     f'{_model_text(config)}, {math.prod(mesh)} chips as {"x".join(map(str, mesh))}, bfloat16 '
-    'activations and weights\none layer without attention; dotted: from here on another layout '
-    'sends least'
+    'activations and weights\none layer without attention; at a dotted line, another layout begins '
+    'to send least'
   )
   with _figure(path, 6, 4.5, about) as figure:
     axes = _axes(figure, (1, 1, 1), 'tokens in a pass', 'GB sent by a chip in a layer', 'log')
@@ -159,7 +159,7 @@ def contexts(
   about = (
     f'{_model_text(config)}, {machine} as {"x".join(map(str, mesh))}, '
     f'{figure_data.CACHE_SHARE:.0%} of memory for a bfloat16 cache\n'
-    'a batch that fills no further mesh axis leaves more rows on each chip: hence the steps'
+    'steps: a larger batch that fills no further mesh axis puts more rows on each chip'
   )
   with _figure(path, 6, 4.5, about) as figure:
     axes = _axes(figure, (1, 1, 1), 'batch (rows)', 'longest context (positions)', 'log')
@@ -247,7 +247,7 @@ def check_path(path: str) -> None:
 
 @contextlib.contextmanager
 def _figure(path: str, width: float, height: float, title: str) -> Iterator[Any]:
-  """Yield a figure, and write it on exit. Equal numbers give equal bytes."""
+  """Context manager: yield a figure, and write it on exit. Equal numbers give equal files."""
   check_plots()
   check_path(path)
   import matplotlib

@@ -1,6 +1,6 @@
 """A plan as gin bindings: macros for `infer`, the T5X adapter and `precompile`.
 
-Each of these ignores the macros that it does not use.
+Each command ignores the macros that it does not use.
 """
 
 import dataclasses

@@ -98,12 +98,12 @@ def phase_dict(plan: Plan, cost: PassCost) -> dict[str, Any]:
     'memory': {**dataclasses.asdict(held), 'needed': held.needed},
     'collectives': [
       {
-        'name': c.move.name,
-        'kind': c.move.kind,
-        'axes': ''.join(c.move.axes),
-        'devices': c.move.shards,
-        'bytes': c.move.bytes,
-        'moved': c.move.moved,
+        'name': c.collective.name,
+        'kind': c.collective.kind,
+        'axes': ''.join(c.collective.axes),
+        'devices': c.collective.shards,
+        'bytes': c.collective.bytes,
+        'moved': c.collective.moved,
         'count': c.count,
         'seconds': c.seconds,
         'of_weights': c.of_weights,

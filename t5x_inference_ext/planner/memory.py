@@ -40,7 +40,7 @@ class PlannedMemory:
     return self.needed <= self.available
 
 
-@functools.lru_cache(maxsize=65536)  # each pass is part of many plans
+@functools.lru_cache(maxsize=65536)  # one pass is part of many plans
 def memory(case: PassCase, positions: int) -> PlannedMemory:
   """Return the memory of one chip in a pass.
 
@@ -62,7 +62,7 @@ _held: dict[tuple[Any, ...], int] = {}
 def weight_bytes(case: PassCase) -> int:
   """Return the bytes on one chip of all stored weights.
 
-  They depend on neither rows nor positions, which a search varies: each sum is made once.
+  They do not depend on rows or positions, which a search varies, so they are cached.
   """
   key = case.config, case.layout.feedforward == 'ws_1d', case.mesh, case.weights
   if key not in _held:

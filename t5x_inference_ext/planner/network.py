@@ -5,9 +5,9 @@ efficiency.py has the share of the links' bandwidth that programs reach.
 
   paper   Sections 3.2 and 3.3: bytes over the bandwidth of all links of a chip (270 GB/s on v4),
           for all mesh axes alike. (K-1)/K is taken as 1. There are no hops.
-  torus A collective uses only the links along its own axes (sharding/links.py). A physical axis
-  with wraparound (torus.wraparound) adds two links; one without, or a part of an axis, adds one.
-  (K-1)/K is included (appendix A.1). Each chip passed is a hop.
+  torus   A collective uses only the links along its own axes (sharding/links.py). A physical axis
+          with wraparound (torus.wraparound) adds two links; one without, or a part of an axis, adds
+          one. (K-1)/K is included (appendix A.1). Each link on the way is a hop.
           GPUs have no torus: NVLink joins the chips of a node, each chip's network card reaches
           other nodes, and there are log2 K hops.
 """
@@ -47,19 +47,19 @@ class Network:
         f'no bandwidth convention is called {self.convention!r}: there are {", ".join(CONVENTIONS)}'
       )
 
-  def seconds(self, move: Collective) -> float:
+  def seconds(self, collective: Collective) -> float:
     """Return the time in seconds of a collective with no other traffic, at the links' full rate."""
     chip = self.machine.chip
-    passes = 2 if move.kind == 'all_reduce' else 1
+    passes = 2 if collective.kind == 'all_reduce' else 1
     if self.convention == 'paper':
-      return passes * move.bytes / chip.network_bandwidth
+      return passes * collective.bytes / chip.network_bandwidth
     if not chip.torus:
-      return passes * self._through_switches(move)
+      return passes * self._through_switches(collective)
     return links.collective_seconds(
-      move, self.paths(move.axes), chip.link_bandwidth, chip.hop_latency
+      collective, self.paths(collective.axes), chip.link_bandwidth, chip.hop_latency
     )
 
-  def _through_switches(self, move: Collective) -> float:
+  def _through_switches(self, collective: Collective) -> float:
     """Return the time in seconds of one pass of data over GPUs.
 
     Within a node data travels over NVLink. Between nodes each chip sends its share through its own
@@ -68,13 +68,13 @@ class Network:
     """
     chip = self.machine.chip
     grid = links.grid(self.machine.shape, self.machine.wraps, self.mesh)
-    ids = grid[tuple(slice(None) if a in move.axes else 0 for a in AXES)].ravel()
+    ids = grid[tuple(slice(None) if a in collective.axes else 0 for a in AXES)].ravel()
     nodes = len(set((ids // chip.node).tolist()))
     local = max(1, len(ids) // nodes)
-    inside = move.bytes * (local - 1) / local / chip.link_bandwidth
+    inside = collective.bytes * (local - 1) / local / chip.link_bandwidth
     # In an all-gather, data enters a node once for all its chips; in an all-to-all, once per chip.
-    share = 1 if move.kind == 'all_to_all' else local
-    between = move.bytes / share * (nodes - 1) / nodes / chip.node_bandwidth
+    share = 1 if collective.kind == 'all_to_all' else local
+    between = collective.bytes / share * (nodes - 1) / nodes / chip.node_bandwidth
     return inside + between + (len(ids) - 1).bit_length() * chip.hop_latency
 
   def paths(self, axes: Axes) -> tuple[links.LinkPath, ...]:

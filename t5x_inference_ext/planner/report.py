@@ -1,4 +1,4 @@
-"""The printed report of a choice: ranked pairs of layouts, parts of the time, and the reason."""
+"""The printed report of a choice: ranked pairs of layouts, parts of the time, why it is best."""
 
 from collections.abc import Iterable, Sequence
 
@@ -104,7 +104,7 @@ def _parts(plan: Plan) -> list[str]:
 
 
 def _spread(cells: Iterable[str]) -> list[str]:
-  """Return the cells, each followed by an empty one for the column of shares in other rows."""
+  """Return the cells, each followed by an empty cell (in other rows, the percentage)."""
   return [text for cell in cells for text in (cell, '')]
 
 
@@ -164,22 +164,22 @@ def _largest_difference(plan: Plan, rival: Plan) -> tuple[str, str, float]:
 
 
 def paper_convention(choice: Choice) -> str:
-  """Return a sentence on the choice by the paper's convention; '' if the choice is the same."""
+  """Return a sentence on the paper's convention; '' if it would choose the same plan."""
   plan, theirs = choice.plan, choice.paper_plan
   if theirs is None:
     return ''
   phase, part, saved = _largest_difference(plan, theirs)
   return (
     f"The paper's convention, {plan.machine.chip.network_bandwidth / 1e9:.0f} GB/s for every "
-    f'collective whatever axes it uses and no hops, would take {_layouts(theirs)} on '
-    f'{theirs.mesh_text}; with the links that each axis has, that takes '
+    f'collective whatever axes it uses and no hops, would choose {_layouts(theirs)} on '
+    f'{theirs.mesh_text}; with the links that each axis has, that plan takes '
     f'{seconds_text(theirs.seconds - plan.seconds)} more, mostly {part} in {phase} '
     f'({seconds_text(saved)}).'
   )
 
 
 def _objective_text(choice: Choice) -> str:
-  """Return why this machine and batch were chosen, as text."""
+  """Return a text that says why this machine and batch were chosen."""
   plan = choice.plan
   superlative = {
     'latency': f'the fastest, {seconds_text(plan.seconds)} in all,',

@@ -39,8 +39,8 @@ class PlanRequest:
     convention: Convention of the network, one of network.CONVENTIONS.
     efficiency: Shares of the chip's peak rates. None: the shares fitted for the convention.
     mesh: The only mesh (X, Y, Z) to consider. None: every candidate mesh.
-    phase: The phases that run on this machine, one of PLAN_PHASES. Only these are priced and have
-      to fit.
+    phase: The phases that run on this machine, one of PLAN_PHASES. Only these phases are counted
+      and have to fit.
     layouts: The only (prefill layout, decode layout) to consider. None: every pair.
 
   Raises:
@@ -76,7 +76,7 @@ class PlanRequest:
       for layout in self.layouts:
         if layout.collectives != 'plain':
           raise RequestError(
-            f'the planner prices plain collectives, and {layout} has others: precompile compiles it'
+            f'the planner predicts plain collectives only, not {layout}: use precompile for it'
           )
 
   @property
@@ -86,7 +86,7 @@ class PlanRequest:
 
   @property
   def mean_context(self) -> int:
-    """Positions that attention sees in the middle decode step, whose time represents all steps."""
+    """Positions that attention reads in the middle decode step, whose time represents all steps."""
     return self.input_length + (self.output_length + 1) // 2
 
   def replace(self, **fields: Any) -> 'PlanRequest':
@@ -99,7 +99,7 @@ def pair_memories(
 ) -> dict[str, PlannedMemory]:
   """Return the memory of one chip, by phase.
 
-  Prefill writes the cache for decode, in decode's sharding, so it needs the larger of the two
+  Prefill also writes the cache in decode's sharding, so its memory includes the larger of the two
   phases' caches.
   """
   in_prefill = memory(prefill, request.input_length)
@@ -158,8 +158,8 @@ class Plan:
   def phases(self) -> tuple[PassCost, ...]:
     """The costs of the phases that run here.
 
-    If only one phase runs here, the other one is priced in the fastest layout that can share its
-    weights.
+    If only one phase runs here, the cost of the other one is for the fastest layout that can share
+    weights with the first.
     """
     return {
       'both': (self.prefill, self.decode),
@@ -169,7 +169,7 @@ class Plan:
 
   @property
   def seconds(self) -> float:
-    """Seconds of the phases that run here. For both: from the prompts to the last token."""
+    """Seconds of the phases that run here. For both phases: from the prompts to the last token."""
     return sum(c.seconds * self.runs(c) for c in self.phases)
 
   def runs(self, phase: PassCost) -> int:

@@ -55,8 +55,8 @@ def plan(
     slice_name: 'v4:4x4x4' or 'A100:16', or several, with commas. None: the usual slices of `chip`
       are all considered.
     chip: One of hardware.CHIPS, or several with commas.
-    batch: Rows run together; the slots of a service. None: powers of two up to 1024, of a service
-      a few numbers, are considered.
+    batch: Rows run together, or slots of a service. None: powers of two up to 1024 are considered,
+      for a service SLOTS.
     input_length: Tokens of each prompt.
     output_length: Tokens to generate for each prompt.
     weights: 'int8' or 'bfloat16'.
@@ -65,7 +65,7 @@ def plan(
     latency_target_ms: Milliseconds from the prompts to the last token. None: no target.
     convention: Convention of the network, one of network.CONVENTIONS.
     mesh: 'XxYxZ' over the whole slice. None: the best.
-    layout: 'PREFILL,DECODE', or one for both phases: the only layouts to price. None: all.
+    layout: 'PREFILL,DECODE', or one for both phases: the only layouts to consider. None: all.
     phase: 'both', 'prefill' or 'decode': the phases that run here.
     check: Whether to compile the chosen plan too.
     sweep: Whether to draw latency against cost for all slices and batches, instead of choosing.
@@ -115,12 +115,12 @@ def plan(
     'phase': phase != 'both',
     'speculate': speculate,
   }
-  if options.asked:
-    _refuse({**many, 'sweep': sweep}, 'a simulated service is none')
+  if options.is_enabled:
+    _refuse({**many, 'sweep': sweep}, 'this run simulates a service')
     _serve(request, machines, batch, options, output_dir if figure else None, json_file, write)
     return
   if sweep:
-    _refuse({**many, 'json': json_file, 'figures': figure}, 'sweep has many')
+    _refuse({**many, 'json': json_file, 'figures': figure}, 'sweep makes many')
     _sweep(request, machines, batches, output_dir, write)
     return
   if speculate is not None and phase == 'prefill':
@@ -140,18 +140,18 @@ def plan(
 
 
 def _parse_layouts(text: str) -> tuple[Layout, Layout]:
-  """Return the layouts of prefill and decode that 'PREFILL,DECODE', or one for both, names."""
+  """Return the layouts (prefill, decode) in 'PREFILL,DECODE', or in one layout for both."""
   names = [name.strip() for name in text.split(',')]
   if len(names) > 2:
-    raise RequestError(f'layout is one for prefill and one for decode, got {text!r}')
+    raise RequestError(f'layout must be PREFILL,DECODE or one layout for both, got {text!r}')
   return Layout.parse(names[0]), Layout.parse(names[-1])
 
 
 def _refuse(given: dict[str, Any], why: str) -> None:
-  """Raise RequestError for the first option that is for one plan and was given."""
+  """Raise RequestError if an option was given that applies only to a single plan."""
   for name, value in given.items():
     if value:
-      raise RequestError(f'{name} is for one plan, and {why}: ask for either')
+      raise RequestError(f'{name} applies to a single plan, and {why}: leave one of them out')
 
 
 def _serve(
@@ -164,7 +164,7 @@ def _serve(
   write: Callable[[str], None],
 ) -> None:
   """Simulate a service, print its report and write its files."""
-  # A plan imports nothing that runs a model; a service runs the scheduler.
+  # Imported here: these modules import the scheduler, which a plan does not need.
   from t5x_inference_ext.planner import service, service_report
 
   study = service.study_service(request, machines, slots, options, _say)
@@ -217,7 +217,7 @@ def _sweep(
   """Write the sweep's CSV and figure, and print its front."""
   points = sweeps.sweep(request, machines, batches, ('int8', 'bfloat16'), _say)
   if not points:
-    # `choose` raises NothingFits, whose message says how far off the nearest plan is.
+    # Nothing fits: `choose` raises NothingFits, whose message says how far off the nearest plan is.
     choose.choose(request.replace(batch=min(batches), weights='int8'), machines)
   csv_file, figure_file = (os.path.join(output_dir, f'pareto.{kind}') for kind in ('csv', 'svg'))
   write_text(csv_file, sweeps.csv_text(points))

@@ -22,8 +22,8 @@ from t5x_inference_ext.sharding.layout import (
 )
 
 # wg_xyz/heads is left out, because wg_xyz splits rows over every axis, and no axis is left for
-# heads. Looped collectives are left out, because they move equally many bytes, and the fitted
-# efficiencies include the time that they hide.
+# heads. Looped collectives are left out: they send as many bytes as plain ones, and the fitted
+# efficiencies include their overlap.
 LAYOUTS = tuple(
   Layout(feedforward, attention)
   for feedforward in ('ws_2d', *(f for f in FEEDFORWARD if f != 'ws_2d'))
@@ -100,7 +100,7 @@ def fits(request: PlanRequest, machine: Machine) -> bool:
 def _fitting_cases(
   request: PlanRequest, machine: Machine, mesh: Mesh, phase: str, rows: int
 ) -> list[PassCase]:
-  """Return a phase in each layout in which it fits; in all layouts if it runs elsewhere."""
+  """Return a phase's cases that fit, one per layout; all cases if the phase runs elsewhere."""
   cases = list(_cases(request, machine, mesh, phase, rows))
   if request.phase not in ('both', phase):
     return cases
@@ -109,7 +109,7 @@ def _fitting_cases(
 
 
 def least_memory(request: PlanRequest, machine: Machine) -> tuple[float, PassCase, PassCase]:
-  """Return the bytes on one chip of the plan that needs the fewest, and its passes, unpriced.
+  """Return (bytes on one chip, prefill, decode) of the plan that needs the least memory.
 
   Raises:
     MeshError: The chips, or the requested mesh, do not divide the model, or the requested layouts
@@ -162,11 +162,10 @@ def meshes(request: PlanRequest, machine: Machine) -> tuple[Mesh, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def row_choices(batch: int, mesh: Mesh) -> tuple[int, ...]:
-  """Return numbers of rows to try: for each set of mesh axes, the least one that it divides.
+  """Return the numbers of rows to try: `batch` rounded up for each set of mesh axes.
 
-  All are at least `batch`. A few empty rows may save time, since a layout splits rows only if they
-  divide evenly. Trying one number for each set of axes makes sure that a request for more rows
-  never takes less time.
+  A few empty rows may save time, since a layout splits rows only if the chips divide them evenly.
+  One number is tried for each set of axes, so that a request for more rows never takes less time.
   """
   shares = sorted({math.prod(axes) for n in range(4) for axes in itertools.combinations(mesh, n)})
   found: dict[tuple[bool, ...], int] = {}
@@ -233,13 +232,13 @@ def _cases(
     )
     by_batch = layout.attention == 'batch' and machine.chips > 1
     if request.convention == 'paper' and by_batch and not splits_rows(case):
-      continue  # section 3.3: no sharding by batch if the batch fills no axis
+      continue  # section 3.3: attention by batch needs a batch that fills an axis
     yield case
 
 
 @functools.lru_cache(maxsize=65536)
 def _rows_that_run(layout: Layout, rows: int, mesh: Mesh) -> int:
-  """Return how many rows the engine would decode if `rows` are requested, padding included."""
+  """Return how many rows, padding included, the engine decodes for `rows` requested ones."""
   return activations.padded_batch(layout, rows, axis_sizes(mesh))
 
 
@@ -249,7 +248,7 @@ def _repeats_another(layout: Layout, mesh: Mesh, alone: bool) -> bool:
   Args:
     layout: The layout.
     mesh: The mesh.
-    alone: Whether no other phase shares its weights: ws_2d may then be ws_1d.
+    alone: Whether no other phase shares the layout's weights. Then ws_2d may equal ws_1d.
   """
   sizes = axis_sizes(mesh)
   gathered = [a for a in layout.gathered_axes if sizes[a] > 1]
@@ -268,7 +267,7 @@ def share_weights(prefill: PassCase, decode: PassCase) -> bool:
   """Return whether both phases can share one copy of the weights."""
   mesh, layouts = prefill.mesh, (prefill.layout, decode.layout)
   if mesh[0] == 1 < math.prod(mesh) and all(x.feedforward == 'ws_2d' for x in layouts):
-    return False  # d_model is not split, which is ws_1d
+    return False  # ws_2d with one chip along x is ws_1d
   try:
     check_pair(*layouts)
   except MeshError:

@@ -1,4 +1,4 @@
-"""A service simulated on each slice that was asked for, and the cheapest that keeps its targets."""
+"""Simulation of a service on each requested slice; the cheapest that meets the latency targets."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -22,13 +22,13 @@ _HOUR = 3600
 
 @dataclasses.dataclass(frozen=True)
 class Simulated:
-  """The result of simulating a candidate with a trace.
+  """The result of simulating a candidate service with a trace.
 
   Attributes:
     candidate: The service.
     rate: Requests a second.
-    service: What clients got.
-    meets: Whether it keeps to the targets, and refuses nobody.
+    service: Latencies and tokens of the clients.
+    meets: Whether the service meets the targets and refuses no request.
   """
 
   candidate: Candidate
@@ -53,7 +53,7 @@ class ServiceStudy:
 
   Attributes:
     request: The model; its lengths are the means of the requests.
-    options: What was asked for.
+    options: The requested simulation.
     requests: Number of requests at each rate.
     runs: Every service at every rate, by rate, then in the order of the slices.
   """
@@ -69,12 +69,13 @@ class ServiceStudy:
     return tuple(dict.fromkeys(run.rate for run in self.runs))
 
   def cheapest(self, rate: float) -> Simulated | None:
-    """Return the service with the fewest chip-seconds a token of those that meet the targets.
+    """Return the service that meets the targets with the fewest chip-seconds per token.
 
-    Of equally cheap ones it is the one whose tokens come faster. None: none meets them.
+    Of equally cheap services, return the one with less time between tokens. None: none meets them.
     """
     meeting = [run for run in self.runs if run.rate == rate and run.meets]
-    # Idle time counts, so services of equally many chips differ only by when their last token came.
+    # Idle time counts, so with equally many chips only the time of the last token makes a
+    # difference.
     return min(
       meeting, key=lambda run: (run.candidate.machine.chips, run.service.between.p95), default=None
     )
@@ -92,7 +93,7 @@ def study_service(
   Args:
     request: The model, and the lengths of random requests.
     machines: The slices.
-    slots: Slots of the scheduler; None: each of SLOTS that fits.
+    slots: Slots of the scheduler; None: try each of SLOTS that fits.
     options: The requests, prices and targets.
     say: Takes a line of progress for each simulation.
 
@@ -108,7 +109,9 @@ def study_service(
     )
   else:
     if len(machines) != 1 or slots is not None:
-      raise RequestError('prices are for one slice and its slots: give one slice, and no batch')
+      raise RequestError(
+        'a file of prices is for one slice and its slots: give one --slice, and no --batch'
+      )
     candidates = [priced_candidate(request, machines[0], options.prices, first)]
   runs = []
   bounds = WaitingLimits(options.max_waiting_requests, options.max_waiting_tokens)

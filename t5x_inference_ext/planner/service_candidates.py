@@ -1,4 +1,4 @@
-"""Services to simulate: for each slice and number of slots the layouts that do the least work."""
+"""Services to simulate: for each slice and number of slots, the layouts with the least work."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -21,7 +21,7 @@ from t5x_inference_ext.sharding.mesh import AXES
 from t5x_inference_ext.simulator.prices import PricedService, Prices, PriceTable
 from t5x_inference_ext.simulator.trace import Arrival
 
-SLOTS = (8, 32, 128)  # numbers of slots to try if none is requested, as far as they fit
+SLOTS = (8, 32, 128)  # numbers of slots to try if none is requested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Candidate:
   Attributes:
     machine: The chips.
     model: The model, on an abstract mesh.
-    config: Sizes of its scheduler.
-    prices: What its programs take.
-    block_bytes: Bytes of a block of the prefix store on each chip.
+    config: Sizes of the scheduler.
+    prices: Times of the scheduler's programs.
+    block_bytes: Bytes of a prefix store's block on each chip.
     memory: Bytes that a chip needs; None if unknown, with measured prices.
-    shared: Whether host and devices are the same cores.
+    shared: Whether the host's cores are the devices.
   """
 
   machine: Machine
@@ -63,17 +63,17 @@ def _model(request: PlanRequest, mesh: Mesh, layouts: tuple[Layout, Layout]) -> 
 
 
 def longest_row(arrivals: Sequence[Arrival]) -> int:
-  """Return the most positions that a request of a trace takes."""
+  """Return the number of positions of a trace's longest request."""
   return max(len(arrival.tokens) + arrival.limit - 1 for arrival in arrivals)
 
 
 def priced_candidate(
   request: PlanRequest, machine: Machine, path: str, arrivals: Sequence[Arrival]
 ) -> Candidate:
-  """Return the service that a file of prices describes.
+  """Return the service described by a file of program times (--prices).
 
   Raises:
-    RequestError: The file is none, is for another number of chips, or for shorter requests.
+    RequestError: The file is invalid, or is for another number of chips or for shorter requests.
   """
   priced = PricedService.read(path)
   if math.prod(priced.mesh) != machine.chips:
@@ -83,7 +83,8 @@ def priced_candidate(
   longest = longest_row(arrivals)
   if longest > priced.config.max_length:
     raise RequestError(
-      f'{path} is for rows of max_length={priced.config.max_length}, and a request takes {longest}'
+      f'{path} is for rows of at most max_length={priced.config.max_length}, and a request takes '
+      f'{longest}'
     )
   model = _model(request, priced.mesh, priced.layouts)
   size = request.config.d_head * request.config.num_kv_heads * request.config.num_layers
@@ -101,8 +102,8 @@ def planned_candidates(
 ) -> list[Candidate]:
   """Return a service for each number of slots that fits, with predicted prices.
 
-  Of all meshes and pairs of layouts it has the one whose chips work least for a mean request: for
-  the chunks of its prompt, and its share of decode steps of full slots.
+  Each service has the mesh and the pair of layouts with the least chip time per mean request. That
+  time is: the chunks of its prompt, and its share of decode steps with all slots full.
 
   Raises:
     MeshError: The chips, or the requested mesh, do not divide the model.
@@ -121,16 +122,16 @@ def planned_candidates(
 def _ways(
   request: PlanRequest, machine: Machine, slots: int, arrivals: Sequence[Arrival]
 ) -> Iterator[tuple[float, PassCost, PassCost]]:
-  """Yield (seconds a mean request, cost of a chunk, cost of a decode step) of each way to run."""
+  """Yield (seconds per mean request, cost of a chunk, cost of a step) for each mesh and layouts."""
   prompt = max(1, round(sum(len(a.tokens) for a in arrivals) / len(arrivals)))
   new = max(1, round(sum(a.limit for a in arrivals) / len(arrivals)))
   chunk = min(prompt, SchedulerConfig.prefill_chunk)
-  asked = request.replace(batch=slots, input_length=prompt, output_length=new)
+  candidate = request.replace(batch=slots, input_length=prompt, output_length=new)
   chunked = request.replace(batch=1, input_length=chunk)
   for mesh in search.meshes(request, machine):
     prefills = search.phase_costs(chunked, machine, mesh, 'prefill', 1)
     for rows in search.row_choices(slots, mesh):
-      for decode in search.phase_costs(asked, machine, mesh, 'decode', rows):
+      for decode in search.phase_costs(candidate, machine, mesh, 'decode', rows):
         for prefill in prefills:
           if search.share_weights(prefill.case, decode.case):
             work = prompt / chunk * prefill.seconds + new * decode.seconds / slots
@@ -145,11 +146,11 @@ def _planned(
   arrivals: Sequence[Arrival],
   host_seconds: float,
 ) -> Candidate:
-  """Return the service with these layouts."""
+  """Return the service that runs with the layouts of two costs."""
   mesh, layouts = decode.case.mesh, (prefill.case.layout, decode.case.layout)
   model = _model(request, mesh, layouts)
   config = config_for(model, (), slots=slots, max_length=longest_row(arrivals), end_ids=())
-  # The engine's own numbers of rows: it adds some so that the mesh can split them.
+  # `config` has the engine's numbers of rows, which it rounds up so that the mesh can split them.
   prefill = dataclasses.replace(
     prefill, case=dataclasses.replace(prefill.case, batch=config.prefill_rows)
   )
@@ -161,7 +162,7 @@ def _planned(
 
 
 def _needed_bytes(prefill: PassCost, decode: PassCost, config: SchedulerConfig) -> float:
-  """Return the bytes of a chip: weights, pages, prompts, prefix store and temporaries."""
+  """Return the bytes used on a chip: weights, pages, prompts, prefix store and temporaries."""
   case = decode.case
   shards = case.size(case.sharding.attention_rows)
   rows = case.batch / shards
@@ -191,7 +192,7 @@ def all_candidates(
 
   Raises:
     MeshError: None of the slices divides the model.
-    RequestError: None has the memory.
+    RequestError: No slice has enough memory.
   """
   refusal, found = None, []
   for machine in machines:

@@ -11,7 +11,7 @@ _SERVICE = 'Service'
 
 @dataclasses.dataclass(frozen=True)
 class ServiceOptions:
-  """A service to simulate: its requests, its prices, what it must keep to.
+  """A service to simulate: its requests, the times of its programs, its latency targets.
 
   Raises:
     RequestError: A value is out of its range.
@@ -20,15 +20,15 @@ class ServiceOptions:
   trace: str | None = option(
     None,
     help='Log of requests, one JSON object a line with arrival (seconds), input_length and '
-    'output_length: simulate a service that gets them, instead of a plan. --batch is then the '
+    'output_length: simulate a service with these requests, instead of a plan. --batch is then the '
     'number of slots.',
     group=_SERVICE,
   )
   rate: str | None = option(
     None,
-    help='Requests a second, several with commas: simulate a service that gets them at random '
-    'times, with --input_length and --output_length tokens in the mean; or that gets those of '
-    '--trace faster or slower.',
+    help='Requests a second, several with commas: simulate a service with requests at random times '
+    'and --input_length and --output_length tokens on average; with --trace, its requests at this '
+    'rate.',
     group=_SERVICE,
   )
   requests: int = option(
@@ -36,41 +36,49 @@ class ServiceOptions:
   )
   length_spread: float = option(
     0.5,
-    help='Standard deviation of the lengths at --rate, as a share of their means; 0: all equal.',
+    help='Standard deviation of the lengths at --rate, divided by their mean; 0: all equal.',
     group=_SERVICE,
   )
   shared_length: int = option(
-    0, help='Tokens that all prompts at --rate begin with.', group=_SERVICE, least=0
+    0,
+    help='Length of a common prefix of all prompts at --rate, in tokens.',
+    group=_SERVICE,
+    least=0,
   )
   ttft_ms: float | None = option(
     None,
-    help='Milliseconds to the first token that 95% of the requests must not exceed. The cheapest '
-    'service that meets this and --tpot_ms is chosen.',
+    help='Target: for 95% of the requests, at most this many milliseconds to the first token. The '
+    'cheapest service that meets this and --tpot_ms is chosen.',
     group=_SERVICE,
   )
   tpot_ms: float | None = option(
     None,
-    help='Milliseconds between tokens, in the mean of a request, that 95% of the requests must not '
-    'exceed.',
+    help='Target: for 95% of the requests, at most this mean number of milliseconds between '
+    'tokens.',
     group=_SERVICE,
   )
   prices: str | None = option(
     None,
-    help='JSON file with measured or compiled times of the programs and the sizes of the '
-    'scheduler, in place of predicted times. Needs one --slice.',
+    help='JSON file with measured or compiled times of the programs, and sizes of the scheduler; '
+    'used in place of predicted times. Needs one --slice.',
     group=_SERVICE,
   )
   host_us: float = option(
     500.0,
-    help="The host's own work in a turn of the scheduler, in microseconds, where the times are "
-    'predicted.',
+    help="The host's own work in a step of the scheduler, in microseconds, with predicted times.",
     group=_SERVICE,
   )
   max_waiting_requests: int = option(
-    256, help='As of serve: most requests that wait. More are refused.', group=_SERVICE, least=1
+    256,
+    help='Maximum number of waiting requests, as for serve. More are refused.',
+    group=_SERVICE,
+    least=1,
   )
   max_waiting_tokens: int = option(
-    1_000_000, help='As of serve: most tokens of prompts that wait.', group=_SERVICE, least=1
+    1_000_000,
+    help='Maximum number of tokens of waiting prompts, as for serve.',
+    group=_SERVICE,
+    least=1,
   )
   chip_hour: float | None = option(
     None, help='Price of a chip for an hour, in any currency.', group=_SERVICE
@@ -86,8 +94,8 @@ class ServiceOptions:
       if not least <= value < math.inf:
         bound = 'above 0' if least else '0 or more'
         raise RequestError(f'{name} must be {bound} and finite, got {value!r}')
-    if self.asked:
-      assert self.rates is not None  # raises for rates that are none
+    if self.is_enabled:
+      assert self.rates is not None  # raises for invalid rates
     else:
       given = [
         field.name
@@ -95,19 +103,19 @@ class ServiceOptions:
         if getattr(self, field.name) != field.default
       ]
       if given:
-        raise RequestError(f'{given[0]} is for a simulated service: give its trace or its rate')
+        raise RequestError(f'{given[0]} is for a simulated service: give --trace or --rate too')
 
   @property
-  def asked(self) -> bool:
+  def is_enabled(self) -> bool:
     """Whether a service is simulated."""
     return self.trace is not None or self.rate is not None
 
   @property
   def rates(self) -> tuple[float, ...]:
-    """The rates in requests a second; none: that of the trace.
+    """The rates in requests per second; empty: the trace's own rate.
 
     Raises:
-      RequestError: They are no numbers above 0.
+      RequestError: A rate is not a number above 0.
     """
     if self.rate is None:
       return ()
@@ -116,5 +124,5 @@ class ServiceOptions:
     except ValueError:
       found = (0.0,)
     if not all(0 < rate < math.inf for rate in found):
-      raise RequestError(f'rate must be numbers above 0, with commas, got {self.rate!r}')
+      raise RequestError(f'rate must be numbers above 0, separated by commas, got {self.rate!r}')
     return tuple(sorted(set(found)))

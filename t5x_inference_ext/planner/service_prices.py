@@ -1,4 +1,4 @@
-"""Predicted times of a scheduler's programs, for the simulator of a service."""
+"""Predicted times of the scheduler's programs, for the simulator."""
 
 import dataclasses
 import functools
@@ -9,17 +9,17 @@ from t5x_inference_ext.planner.work import cache_bytes
 
 
 class PlannedPrices:
-  """Prices of programs by the planner's model. See simulator.prices.Prices.
+  """Times of programs by the planner's model. See simulator.prices.Prices.
 
-  Chunks of prompts and decode steps are passes. Insertions and copies of blocks read and write keys
-  and values at the rate of the memory; starting a group takes no time. The host's work beside the
-  devices is given.
+  A chunk of prompts and a decode step are passes of the cost model. Insertions and block copies
+  take the time to read and write their keys and values in memory. Starting a group takes no time.
+  The host's own time is an argument.
 
   Args:
-    prefill: Cost of some chunk, with the scheduler's rows of a group.
-    decode: Cost of some decode step of all slots.
+    prefill: Cost of a chunk of any length, with as many rows as a group has.
+    decode: Cost of a decode step of all slots, at any context.
     config: Sizes of the scheduler.
-    host_seconds: The host's own work in a turn.
+    host_seconds: The host's own work in a step of the scheduler.
   """
 
   def __init__(
@@ -28,7 +28,7 @@ class PlannedPrices:
     self._prefill, self._decode, self._config = prefill, decode, config
     self._host = host_seconds
     case = decode.case
-    # Rows of the slots that one shard has, whose pages a step reads.
+    # Slots on one shard, whose pages a decode step reads.
     self._rows = case.batch / case.size(case.sharding.attention_rows)
     self._pass = functools.cache(self._pass_seconds)
 
@@ -40,12 +40,12 @@ class PlannedPrices:
     return cache_bytes(case, 1) / rows
 
   def seconds(self, program: str, **sizes: int) -> float:
-    """Return the seconds of a program; of decode_steps, those of one step."""
+    """Return the seconds of a program; for decode_steps, of one step."""
     page = self._config.page_size
     if program == 'prefill_chunk':
       return self._pass('prefill', sizes['tokens'], sizes['tokens'] + sizes['read'])
     if program == 'decode_steps':
-      # Shared pages are read once for all rows of a shard, as those of one row.
+      # A shard reads shared pages once for all its rows.
       positions = (sizes['read'] + sizes['read_shared']) * page / self._rows
       return self._pass('decode', 1, max(1, round(positions)))
     if program == 'insert':

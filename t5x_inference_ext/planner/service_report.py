@@ -11,14 +11,14 @@ from t5x_inference_ext.planner.text import table, wrap
 
 
 def requests_text(study: ServiceStudy) -> str:
-  """Return the model and the requests in words, as reports and figures begin."""
+  """Return a description of model and requests, the first line of reports and figures."""
   request, options = study.request, study.options
   config = request.config
   model = preset_name(config) or f'a model of {config.num_params / 1e9:.3g}e9 parameters'
   source = f'{study.requests} requests'
   if options.trace is not None:
     source += f' of {options.trace}'
-  lengths = f'{request.input_length} tokens in, {request.output_length} out in the mean'
+  lengths = f'{request.input_length} tokens in, {request.output_length} out on average'
   text = f'{model}, {source}, {lengths}'
   if options.prices is not None:
     return f'{text}, times of {options.prices}'
@@ -60,8 +60,8 @@ def study_text(study: ServiceStudy) -> str:
   ]
   lines += ['', *table([header, *rows]), '']
   lines += wrap(
-    'ms. TTFT: from the arrival to the first token; TPOT: between tokens, in the mean of a '
-    'request; gap: each time between two tokens; '
+    "ms. TTFT: from the arrival to the first token; TPOT: mean time between a request's tokens; "
+    'gap: single times between tokens; '
     + ('chip-h/M: chip-hours' if price is None else 'cost/M: what chips cost')
     + ' for a million new tokens, idle time included.'
   )
@@ -81,7 +81,7 @@ def study_text(study: ServiceStudy) -> str:
 
 
 def _choices(study: ServiceStudy) -> list[str]:
-  """Return a sentence for each rate: what is cheapest."""
+  """Return, for each rate, a sentence that names the cheapest service."""
   limits = [
     f'{value:g} ms {what}'
     for value, what in (
@@ -100,7 +100,8 @@ def _choices(study: ServiceStudy) -> list[str]:
         key=lambda run: (run.service.refused, run.service.first.p95),
       )
       lines += wrap(
-        f'{rate:.4g} requests a second: none serves all{target}; the soonest first tokens has '
+        f'{rate:.4g} requests a second: no service serves all requests{target}; the fastest to the '
+        f'first token is '
         f'{_name(nearest)}',
         '  ',
       )
@@ -118,7 +119,7 @@ def _name(run: Simulated) -> str:
 
 
 def _ms(seconds: float) -> str:
-  """Return milliseconds with three digits or more; '-' for none."""
+  """Return seconds as milliseconds with at least three digits; '-' for NaN."""
   ms = seconds * 1e3
   if math.isnan(ms):
     return '-'

@@ -67,11 +67,11 @@ def sweep(
     say(f'sweep: {machine}, {n} of {len(machines)}')
     for batch in batches:
       for dtype in weights:
-        asked = request.replace(batch=batch, weights=dtype)
+        candidate = request.replace(batch=batch, weights=dtype)
         for phase in PASSES:
-          fastest = _fastest(asked, machine, phase)
+          fastest = _fastest(candidate, machine, phase)
           if fastest is not None:
-            points.append(Point(asked, fastest))
+            points.append(Point(candidate, fastest))
   return [
     point
     for phase in PASSES
@@ -81,7 +81,7 @@ def sweep(
 
 
 def front(points: Iterable[Point]) -> list[Point]:
-  """Sort points by latency, and mark those that cost less than every faster point."""
+  """Sort points by latency; mark those on the Pareto front (cheaper than every faster point)."""
   least, marked = float('inf'), []
   for point in sorted(points, key=lambda p: (p.seconds, p.chip_seconds_per_token)):
     better = point.chip_seconds_per_token < least

@@ -26,7 +26,7 @@ def table(rows: Sequence[Sequence[str]], left: int = 1, indent: str = '') -> lis
 
 
 def wrap(text: str, indent: str = '') -> list[str]:
-  """Return lines of at most WIDTH columns, with `indent` before all lines but the first."""
+  """Break a text into lines of at most WIDTH columns; `indent` precedes all but the first."""
   return textwrap.wrap(
     text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
   )

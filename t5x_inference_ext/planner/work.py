@@ -1,4 +1,4 @@
-"""The work of one chip in a pass, computed from its arrays, and so including padding."""
+"""The work of one chip in a pass. It is counted from the packed arrays, so it includes padding."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Shape and seeds of batches. All batches of a run have one shape, so they share a compilation."""
+"""Shape and seeds of batches. All batches of a run have one shape, and so share one compilation."""
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
@@ -45,7 +45,7 @@ def row_seeds(seed: int, row: int, samples: int) -> tuple[int, ...]:
 
 
 def batched(rows: Iterable[_Row], size: int) -> Iterator[list[_Row]]:
-  """Yield lists of `size` consecutive rows, read only when needed. The last may be shorter."""
+  """Yield lists of `size` consecutive rows, which are read lazily. The last may be shorter."""
   rows = iter(rows)
   while batch := list(itertools.islice(rows, size)):
     yield batch
@@ -54,6 +54,6 @@ def batched(rows: Iterable[_Row], size: int) -> Iterator[list[_Row]]:
 def pad(rows: Sequence[_Row], size: int) -> list[_Row]:
   """Pad rows with copies of the first row, to `size` rows in all.
 
-  A copy ends when the first row does, so that padding never prolongs a batch.
+  Copies end when the first row ends, so padding never makes a batch longer.
   """
   return [*rows, *[rows[0]] * (size - len(rows))]

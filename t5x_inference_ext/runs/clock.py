@@ -1,4 +1,4 @@
-"""The time that a run spends in the engine, not counting compilation, and the run's counters."""
+"""Clock: time spent in the engine, without compilation, and counters of a run."""
 
 import dataclasses
 import time
@@ -14,11 +14,11 @@ COMPILE_EVENTS = '/jax/core/compile/'
 
 @dataclasses.dataclass
 class Clock:
-  """A stopwatch and counters of a run: `with clock:` goes around calls of the engine.
+  """A stopwatch and counters. Calls of the engine go inside `with clock:`.
 
   Attributes:
     rows: Rows served.
-    tokens: Useful tokens: generated (EOS included) or scored; padding is not counted.
+    tokens: Useful tokens: generated (EOS included) or scored, without padding.
     seconds: Seconds in the engine, without compilation.
     compile_seconds: Seconds of tracing and compilation.
     drafts: Counters of drafts.

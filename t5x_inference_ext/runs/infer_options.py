@@ -44,10 +44,10 @@ def _layout_help(phase: str) -> str:
 class InferOptions(Conventions):
   """Options of a run of the infer command, over a prompts file or a seqio task.
 
-  Attributes that are not made with `option`:
+  Attributes without a flag of their own:
     config: Model that the checkpoint must hold; None: any.
     max_length: Maximum number of tokens of a row, prompt and new tokens together; None: no limit.
-    sampling: How tokens are chosen. Its stop sequences are ids; `stop` holds texts.
+    sampling: How tokens are chosen. `sampling.stop` has token ids, the attribute `stop` has texts.
 
   Raises:
     RequestError: A value is out of its range, or two options exclude each other.
@@ -55,7 +55,7 @@ class InferOptions(Conventions):
   """
 
   checkpoint: str = option(
-    help='Checkpoint: a serving, T5X (legacy or Orbax) or public one.', group=_NEEDED
+    help='Path of a checkpoint: serving, T5X (legacy or Orbax) or a public model.', group=_NEEDED
   )
   max_new_tokens: int = option(
     64, help='Maximum number of new tokens of each row.', group=_COMMON, least=1
@@ -63,8 +63,8 @@ class InferOptions(Conventions):
   mode: str = option(
     'predict',
     help='predict generates a completion for each row; score gives the log-probability of the '
-    "row's own completion. predict_with_aux is predict for a prompts file, whose rows always have "
-    'scores; for a task, predict_with_aux adds scores to the rows.',
+    "row's own completion. predict_with_aux adds scores to the rows of a task; for a prompts file, "
+    'whose rows always have scores, it is the same as predict.',
     group=_COMMON,
     choices=MODES,
   )
@@ -84,7 +84,7 @@ class InferOptions(Conventions):
     most=math.inf,
   )
   batch_size: int = option(
-    32, help='Rows decoded together, rounded up for the mesh.', group=_COMMON, least=1
+    32, help='Number of rows decoded together, rounded up for the mesh.', group=_COMMON, least=1
   )
   mesh: str | None = option(
     None,
@@ -100,8 +100,8 @@ class InferOptions(Conventions):
   )
   stop: tuple[str, ...] = option(
     (),
-    help='A text that ends a row, whatever tokens write it; the completion ends before it. May be '
-    'repeated.',
+    help='A text that ends a row; the completion ends before it. Tokens may split the text in any '
+    'way. May be repeated.',
     group='Choosing tokens',
   )
   token_log_probs: bool = option(
@@ -142,21 +142,21 @@ class InferOptions(Conventions):
   )
   executable: str | None = option(
     None,
-    help='Program compiled for these chips by `python -m t5x_inference_ext.precompile '
-    '--phase=generate --save`, run instead of compiling. Sets the batch and prompt size. Its file '
-    'is run as code: use only files that you made.',
+    help='File with a program compiled for these chips by `python -m t5x_inference_ext.precompile '
+    '--phase=generate --save`: nothing is compiled, and the program sets batch and prompt size. '
+    'The file is run as code: use only files that you made.',
     group=_SHARDING,
   )
   batching: str = option(
     'continuous',
-    help='continuous: finished rows leave and waiting prompts take their slots. static: a batch '
-    'ends with its last row. Both give equal rows.',
+    help='continuous: a waiting prompt takes the slot of a finished row at once. static: a batch '
+    'runs until its last row ends. Both give equal rows.',
     group=_BATCHING,
     choices=BATCHING,
   )
   prefill_chunk: int = option(
     256,
-    help='Maximum number of positions of a prompt in one pass, with continuous batching.',
+    help='Maximum number of prompt positions in one pass, with continuous batching.',
     group=_BATCHING,
     least=1,
   )
@@ -189,7 +189,7 @@ class InferOptions(Conventions):
       parse_speculation(self.speculate)
     if self.executable is not None and self.mode == 'score':
       raise RequestError(f"the executable {self.executable} can't run mode=score: it generates")
-    # An empty prompt needs max_new_tokens positions: BOS takes one, the last new token takes none.
+    # An empty prompt needs max_new_tokens positions: one for BOS, none for the last new token.
     if (
       self.mode != 'score'
       and self.cache_length is not None
@@ -211,7 +211,7 @@ class InferOptions(Conventions):
     }
     if self.mode == 'score':
       given |= {'stop': self.stop or self.sampling.stop, 'logit_bias': self.sampling.logit_bias}
-      why = 'is for runs that generate: mode=score chooses no tokens'
+      why = 'is for runs that generate: mode=score generates no tokens'
     else:
       given |= {'token_log_probs': self.token_log_probs}
       why = 'needs batching=continuous: a static batch gives one sample of each row, and its score'
@@ -247,11 +247,11 @@ class InferOptions(Conventions):
 
 @dataclasses.dataclass(frozen=True)
 class PromptsFiles:
-  """Files that a run over prompts reads and writes, and how their text is encoded."""
+  """Files that a run over prompts reads and writes, and the vocabulary of their text."""
 
   prompts: str = option(help='JSONL file of prompts to read.', group=_NEEDED)
   output: str = option(
-    help='JSONL file to write; no partial file is left. Resolved options go into '
+    help='JSONL file to write; it appears when it is complete. Resolved options go into '
     'OUTPUT.config.json.',
     group=_NEEDED,
   )
@@ -268,7 +268,7 @@ class PromptsFiles:
 
 
 def check_vocab_size(options: InferOptions, vocab_size: int) -> None:
-  """Raise RequestError for options that name ids beyond the rows of the model's embedding."""
+  """Raise RequestError for options with token ids beyond the model's embedding."""
   if options.top_log_probs > vocab_size:
     raise RequestError(
       f'top_log_probs={options.top_log_probs} is more than the vocabulary of {vocab_size}'

@@ -1,4 +1,4 @@
-"""A prepared run: its work, the journal of its finished rows, and the writer of the output."""
+"""Job: a prepared run with its work, its journal of finished rows, and its output."""
 
 from collections.abc import Callable
 import contextlib
@@ -12,7 +12,7 @@ from t5x_inference_ext.runs.work import Work
 
 
 class Job:
-  """A prepared run: all checks that could refuse it have passed.
+  """A prepared run, which has passed all checks of its options and files.
 
     with job:
       while not job.work.finished:
@@ -22,28 +22,28 @@ class Job:
   Args:
     work: Serves the rows.
     journal: Keeps finished rows until the output is written.
-    tell: Function that converts (row, result of `work`) to JSON-ready data to keep and write.
+    to_json: Function from (row, result of `work`) to the JSON-ready data to keep and write.
     write: Function that writes the output from the journal's rows.
-    progress: Shows how many rows are done.
+    progress: Progress bar of the rows.
 
-  If one of several processes raises in the `with` block, all of them end.
+  If one of several processes raises in the `with` block, all processes end.
   """
 
   def __init__(
     self,
     work: Work,
     journal: Journal,
-    tell: Callable[[int, Any], Any],
+    to_json: Callable[[int, Any], Any],
     write: Callable[[], None],
     progress: Progress,
   ) -> None:
-    self.work, self._journal, self._tell, self._write = work, journal, tell, write
+    self.work, self._journal, self._to_json, self._write = work, journal, to_json, write
     self._progress = progress
 
   def keep(self, results: Any) -> None:
     """Put finished rows, each as (row, result), into the journal."""
     for row, result in results:
-      self._journal.keep(row, self._tell(row, result))
+      self._journal.keep(row, self._to_json(row, result))
       self._progress.advance()
 
   def write(self) -> None:

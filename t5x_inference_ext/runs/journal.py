@@ -1,4 +1,4 @@
-"""The journal: finished rows of a run, stored beside the output file until that is complete.
+"""The journal: finished rows of a run, stored beside the output file until it is complete.
 
 A run that was stopped for any reason continues from the journal.
 """
@@ -16,29 +16,29 @@ from typing import IO, Any
 from t5x_inference_ext import distributed
 from t5x_inference_ext.errors import RequestError
 
-FLUSH_ROWS = 64  # rows written together to a bucket, where appending may rewrite the file
+FLUSH_ROWS = 64  # in a bucket, number of rows between writes: each write may rewrite the whole file
 
 
 class Journal:
   """A file with one line for each finished row. With several processes, only process 0 writes it.
 
-  A local file is locked while it is open, so that two runs cannot write one output. The file is
-  only appended to (or emptied, if another run wrote it), so that no kill loses a finished row. Each
+  A local file is locked while it is open, so that two runs can't write one output. The file is only
+  appended to, or emptied if another run wrote it, so that a killed run loses no finished row. Each
   line has a checksum of its row and of the run's settings. If a line is damaged or belongs to
-  another run, only its own row is computed again.
+  another run, only that row is computed again.
 
   Args:
-    path: The file, which exists only while rows are missing.
+    path: The file. It exists only while rows are missing.
     run: All settings that determine the rows, with a readable repr. A file of a run with other
       settings is emptied.
-    bucket_files: Opens, finds and removes files in a bucket, like tf.io.gfile; needed for paths
-      such as gs://.
+    bucket_files: Module like tf.io.gfile, to open, find and remove files in a bucket; needed for
+      paths such as gs://.
 
   Attributes:
     done: Row -> result; initially the results of an earlier run with equal settings.
 
   Raises:
-    RequestError: Another run is using the file, or the path holds anything but a file.
+    RequestError: Another run is using the file, or `path` is not a regular file.
   """
 
   def __init__(self, path: str, run: Any, bucket_files: Any = None) -> None:
@@ -52,7 +52,7 @@ class Journal:
     self.done.update({int(row): result for row, result in found})
 
   def keep(self, row: int, result: Any) -> None:
-    """Store the JSON-ready result of a row; when this returns, the system is writing it to disk."""
+    """Store the JSON-ready result of a row, and hand it to the system to write to disk."""
     self.done[row] = result
     if not distributed.is_main():
       return
@@ -65,7 +65,7 @@ class Journal:
       ) from error
 
   def _append(self, row: int, result: Any) -> None:
-    if self._file is None:  # in a bucket: rewritten, since stores do not append
+    if self._file is None:  # in a bucket: rewrite the file, since object stores do not append
       self._file = self._bucket_files.GFile(self._path, 'w')
       self._file.write(f'{self._run}\n')
       for each in self.done.items():
@@ -92,7 +92,7 @@ class Journal:
 
   @contextlib.contextmanager
   def closed_on_error(self) -> Iterator[None]:
-    """Close the file if the block raises, so that a later run may open it."""
+    """Context manager: close the file if the block raises, so that a later run may open it."""
     try:
       yield
     except BaseException:
@@ -103,7 +103,7 @@ class Journal:
     """Remove the file, once the output is written."""
     if not distributed.is_main():
       return
-    if not self._in_bucket:  # remove while locked, so that no other run opens it
+    if not self._in_bucket:  # remove it while it is locked, so that no other run opens it
       pathlib.Path(self._path).unlink(missing_ok=True)
     self.close()
     if self._in_bucket and self._bucket_files.exists(self._path):
@@ -115,7 +115,7 @@ class Journal:
     return f'{text[:-1]}, "check": "{check}"}}\n'
 
   def _open(self) -> list[tuple[int, Any]]:
-    """Open the file, unless it is in a bucket; return the rows that this run can keep from it."""
+    """Open the file, unless it is in a bucket; return the rows of this run that it holds."""
     if self._in_bucket:
       if not self._bucket_files.exists(self._path):
         return []
@@ -153,7 +153,7 @@ class Journal:
 
 
 def check_journal_path(path: str) -> None:
-  """Raise RequestError if a local path can't be used for a journal. Creates no file."""
+  """Raise RequestError if a local path can't be used for a journal. Create no file."""
   if distributed.is_main() and os.path.lexists(path):
     _locked_file(path).close()
 
@@ -179,13 +179,13 @@ def _locked_file(path: str) -> IO[str]:
     if not stat.S_ISREG(os.fstat(handle).st_mode):
       os.close(handle)
       raise _cannot_keep(path, 'it is not a regular file: remove it')
-    file = open(handle, 'a+', encoding='utf-8', errors='replace', newline='\n')  # noqa: SIM115  # open while the run lasts
+    file = open(handle, 'a+', encoding='utf-8', errors='replace', newline='\n')  # noqa: SIM115  # open for the run
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       if os.path.samestat(os.fstat(handle), os.lstat(path)):
         return file
     except FileNotFoundError:
-      pass  # the run that held the file has removed it
+      pass  # the previous run has removed the file
     except BlockingIOError:
       file.close()
       raise RequestError(

@@ -1,4 +1,4 @@
-"""Preparation of an engine from a run's options; prints what it finds, assumes and chooses."""
+"""Prepare an engine from a run's options, and print what is found, assumed and chosen."""
 
 from collections.abc import Callable
 import dataclasses
@@ -34,9 +34,9 @@ def open_model(
     MeshError: The mesh does not fit the devices or the model.
     RequestError: The draft model has another vocabulary.
   """
-  # Check the mesh before the checkpoint is read: it may need more devices than there are.
+  # Check the mesh before reading the checkpoint: it may need more devices than there are.
   mesh = None if options.mesh is None else make_mesh(parse_mesh(options.mesh))
-  if '://' in options.checkpoint:  # warn: without credentials, the library retries for minutes
+  if '://' in options.checkpoint:  # without credentials, retries take minutes
     say(f'opening {options.checkpoint}, with the credentials of this machine')
   checkpoint = open_checkpoint(options.checkpoint, config=options.config, **options.conventions)
   for note in checkpoint.notes:
@@ -134,7 +134,7 @@ def load_engine(
 
 
 def say_compiling(engine: Engine, say: Callable[[str], None] = print_on_main) -> None:
-  """Print that the first rows wait for compilation, unless the program is a saved one."""
+  """Print that the first rows have to wait for compilation, unless the program is a saved one."""
   if engine.executable is None:
     say('compiling: the first rows come after this')
 
@@ -202,7 +202,7 @@ def description(options: InferOptions, engine: Engine) -> dict[str, Any]:
 
 
 def run_summary(clock: Clock, mode: str) -> str:
-  """Return a line with a run's rows, useful tokens and speed, not counting compilation."""
+  """Return a line with a run's rows, useful tokens, and speed without compilation."""
   verb = 'scored' if mode == 'score' else 'generated'
   drafts, note = clock.drafts, ''
   if drafts.row_steps:

@@ -1,4 +1,4 @@
-"""Check, before weights are loaded, that a run's KV cache can fit into memory."""
+"""Check before weights are loaded that a run's KV cache can fit into memory."""
 
 import os
 
@@ -42,7 +42,7 @@ def check_cache_fits(
 
 
 def _memory(mesh: jax.sharding.Mesh) -> int:
-  """Return the bytes of memory of all devices of a mesh; CPU devices of a process share memory."""
+  """Return a mesh's total memory in bytes. CPU devices of one process share their memory."""
   device = mesh.local_devices[0]
   stats = device.memory_stats() if device.platform != 'cpu' else None
   if stats and 'bytes_limit' in stats:

@@ -1,4 +1,4 @@
-"""Output files, which are complete or absent. With several processes, process 0 writes them."""
+"""Output files: complete or absent. With several processes, process 0 writes them."""
 
 from collections.abc import Iterator
 import contextlib
@@ -12,12 +12,12 @@ from t5x_inference_ext import distributed
 from t5x_inference_ext.errors import RequestError
 
 RECORD_SUFFIX = '.config.json'
-# The longest name of a temporary file is '.NAME.12345678.tmp': the bytes it adds to NAME.
+# Bytes that the longest name of a temporary file, '.NAME.12345678.tmp', adds to NAME.
 _ADDED_BYTES = 14
 
 
 def check_output(path: str, *, overwrite: bool, source: str) -> None:
-  """Raise RequestError, before any work is done, if an output file can't be written.
+  """Raise RequestError if an output file can't be written; to be called before any work.
 
   Args:
     path: The output.
@@ -64,7 +64,7 @@ def open_text(path: str, mode: str) -> TextIO:
 
 @contextlib.contextmanager
 def whole_file(path: str) -> Iterator[TextIO]:
-  """Open a temporary file for writing; rename it to `path` when it is complete.
+  """Context manager: open a temporary file for writing; rename it to `path` on exit.
 
   On an exception, no file is left. In processes other than 0, nothing is written.
 

@@ -1,4 +1,4 @@
-"""Rows of a prompts file: read, checked and tokenized. Errors name the line of each bad row."""
+"""Read, check and tokenize the rows of a prompts file. Errors name the line of each bad row."""
 
 from collections.abc import Callable
 import dataclasses
@@ -29,7 +29,7 @@ class PromptRow:
 
   Attributes:
     line: Line number in the file, from 1.
-    fields: The whole JSON object. The output repeats fields that the run does not use.
+    fields: The whole JSON object. Fields that the run does not use are copied to the output.
     prompt: Text or token ids. An empty prompt means BOS alone.
     completion: Text or token ids to score; None if nothing is scored.
     sampling: The row's own sampling options; None if it has none, or is scored.
@@ -57,12 +57,12 @@ class TokenizedRow:
   Attributes:
     prompt: Ids of the prompt, without BOS.
     completion: Ids to score; empty if nothing is scored.
-    asked: Sampling options that apply to the row.
+    options: Sampling options that apply to the row.
   """
 
   prompt: list[int]
   completion: list[int]
-  asked: RowSampling
+  options: RowSampling
 
 
 def read_rows(path: str, *, score: bool) -> list[PromptRow]:
@@ -174,13 +174,13 @@ def tokenize(
         f'{max_prompt} beside the new ones: shorten it, raise --cache_length or lower '
         '--max_new_tokens'
       )
-    asked = run
+    options = run
     if row.sampling is not None:
-      asked = row_sampling(run, row.sampling, vocabulary, vocab_size)
+      options = row_sampling(run, row.sampling, vocabulary, vocab_size)
     if row.grammar is not None:
       grammars.matchers(row.grammar, 1)  # raises if the grammar is invalid
-      asked = dataclasses.replace(asked, grammar=row.grammar)
-    return TokenizedRow(prompt, completion, asked)
+      options = dataclasses.replace(options, grammar=row.grammar)
+    return TokenizedRow(prompt, completion, options)
 
   return _map_rows(path, rows, tokenized, lambda row: row.line)
 
@@ -258,7 +258,7 @@ def _kind(value: Any) -> str:
 def _map_rows(
   path: str, items: list[_Item], function: Callable[[_Item], _Result], line: Callable[[_Item], int]
 ) -> list[_Result]:
-  """Return function(item) for each item; join all their ValueErrors into one RequestError."""
+  """Return function(item) for each item; raise one RequestError for all their ValueErrors."""
   results, complaints = [], []
   for item in items:
     try:

@@ -33,7 +33,7 @@ def prepare(
   files: infer_options.PromptsFiles,
   say: Callable[[str], None] = print_on_main,
 ) -> Iterator[Job]:
-  """Prepare to complete or score every row of a file; raise errors before weights are loaded.
+  """Context manager: prepare a run over a file. Errors are raised before weights are loaded.
 
   Args:
     options: Options of the run.
@@ -59,15 +59,15 @@ def prepare(
       rows_of_model,
       needed=bool(options.stop) or any(row.is_text for row in rows),
     )
-    # Put the chosen text settings into the checkpoint, from which the engine takes them.
+    # The engine takes its text settings from the checkpoint, so put the chosen ones there.
     checkpoint = dataclasses.replace(checkpoint, text=text)
     vocabulary = text.vocabulary
     name, source = printable(text.name), printable(text.source)
     say(f'vocabulary: {name} ({source}){"" if vocabulary else _IDS_ALONE}')
     infer_options.check_vocab_size(options, rows_of_model)
-    asked = RowSampling(options.sampling, options.max_new_tokens, stop=options.stop)
+    default = RowSampling(options.sampling, options.max_new_tokens, stop=options.stop)
     tokenized = prompt_rows.tokenize(
-      files.prompts, rows, checkpoint, asked, None if scoring else options.max_prompt
+      files.prompts, rows, checkpoint, default, None if scoring else options.max_prompt
     )
     if not scoring:
       samples = options.num_decodes * len(rows)
@@ -77,12 +77,10 @@ def prepare(
         options.cache or options.dtype,
         min(options.batch_size, samples),
         options.cache_length
-        or max(len(row.prompt) + row.asked.max_new_tokens for row in tokenized),
+        or max(len(row.prompt) + row.options.max_new_tokens for row in tokenized),
       )
-    if not options.continuous and any(row.asked != asked for row in tokenized):
-      raise RequestError(
-        'rows have a `grammar`, or their own `sampling`, which needs batching=continuous'
-      )
+    if not options.continuous and any(row.options != default for row in tokenized):
+      raise RequestError('some rows have `grammar` or `sampling`, which need batching=continuous')
     if not options.continuous:
       # A saved program supports only one end token.
       ends = text.end_ids[1:] if options.executable else ()
@@ -101,20 +99,20 @@ def prepare(
   todo = [(row, each) for row, each in enumerate(tokenized) if row not in journal.done]
   clock = Clock()
   with journal.closed_on_error():
-    with distributed.together():  # check again: another run may have written the output meanwhile
+    with distributed.together():  # again: another run may have written the output meanwhile
       output.check_output(files.output, overwrite=files.overwrite, source=files.prompts)
     work, shape = _work(engine, options, todo, clock, say)
 
-  def tell(row: int, result: Any) -> list[dict[str, Any]]:
+  def to_json(row: int, result: Any) -> list[dict[str, Any]]:
     if scoring:
-      return [_told_scores(tokenized[row], result, options)]
+      return [_score_fields(tokenized[row], result, options)]
     samples = [result] if isinstance(result, Completion) else result
-    return [_told_sample(sample, options) for sample in samples]
+    return [_sample_fields(sample, options) for sample in samples]
 
   def write() -> None:
     with output.whole_file(files.output) as file:
-      for row, each, told in zip(rows, tokenized, journal.in_order()):
-        samples = _with_text(row, each, vocabulary, told)
+      for row, each, results in zip(rows, tokenized, journal.in_order()):
+        samples = _with_text(row, each, vocabulary, results)
         fields = samples[0] if options.num_decodes == 1 else {'samples': samples}
         file.write(json_line({**row.fields, 'prompt': row.prompt, **fields}) + '\n')
     record = output.write_record(
@@ -130,7 +128,9 @@ def prepare(
     say(loading.run_summary(clock, options.mode))
     say(f'wrote {files.output} and {record}')
 
-  yield Job(work, journal, tell, write, Progress('scoring' if scoring else 'generating', len(todo)))
+  yield Job(
+    work, journal, to_json, write, Progress('scoring' if scoring else 'generating', len(todo))
+  )
 
 
 def _journal_path(path: str) -> str:
@@ -145,7 +145,7 @@ def _work(
   clock: Clock,
   say: Callable[[str], None],
 ) -> tuple[Work, dict[str, Any]]:
-  """Return the work for the remaining rows, and its sizes (for the record of the run)."""
+  """Return the work of the remaining rows, and its sizes for the record of the run."""
   text = engine.checkpoint.text
   if not todo:
     return NoWork(), {}
@@ -180,17 +180,17 @@ def _request(
 ) -> Request:
   samples = options.num_decodes
   seeds = batches.row_seeds(options.seed, index, samples)
-  if row.asked.seed is not None:
-    seeds = tuple((row.asked.seed + i) % 2**32 for i in range(samples))
+  if row.options.seed is not None:
+    seeds = tuple((row.options.seed + i) % 2**32 for i in range(samples))
   return Request(
     (*text.front, *row.prompt),
     seeds,
-    row.asked.max_new_tokens,
-    row.asked.sampling,
+    row.options.max_new_tokens,
+    row.options.sampling,
     end_ids=text.end_ids,
-    stop_texts=row.asked.stop,
+    stop_texts=row.options.stop,
     top_log_probs=options.top_log_probs,
-    grammar=row.asked.grammar,
+    grammar=row.options.grammar,
   )
 
 
@@ -216,52 +216,52 @@ def _shape(
   )
 
 
-def _told_sample(
+def _sample_fields(
   sample: Sample | Completion, options: infer_options.InferOptions
 ) -> dict[str, Any]:
   """Return the fields to write for a generated sample, except its text."""
-  told: dict[str, Any] = {
+  fields: dict[str, Any] = {
     'tokens': sample.tokens,
     'score': sample.score,
     'finish_reason': sample.finish_reason,
   }
   if sample.finish_reason == 'error':
-    told['error'] = (isinstance(sample, Sample) and sample.error) or NOT_FINITE
+    fields['error'] = (isinstance(sample, Sample) and sample.error) or NOT_FINITE
   if isinstance(sample, Sample):
     if options.token_log_probs or options.top_log_probs:
-      told['log_probs'] = sample.log_probs
+      fields['log_probs'] = sample.log_probs
     if options.top_log_probs:
-      told['top_log_probs'] = sample.top
-  return told
+      fields['top_log_probs'] = sample.top
+  return fields
 
 
-def _told_scores(
+def _score_fields(
   row: prompt_rows.TokenizedRow, scores: np.ndarray, options: infer_options.InferOptions
 ) -> dict[str, Any]:
-  """Return the fields to write for a scored row; the last of `scores` are the completion's."""
-  told: dict[str, Any] = {'tokens': row.completion, 'score': float(np.sum(scores))}
+  """Return the fields to write for a scored row. The completion has the last of `scores`."""
+  fields: dict[str, Any] = {'tokens': row.completion, 'score': float(np.sum(scores))}
   if options.token_log_probs:
-    told['log_probs'] = scores[len(scores) - len(row.completion) :].tolist()
-  return told
+    fields['log_probs'] = scores[len(scores) - len(row.completion) :].tolist()
+  return fields
 
 
 def _with_text(
   row: prompt_rows.PromptRow,
   tokenized: prompt_rows.TokenizedRow,
   vocabulary: Vocabulary | None,
-  told: list[dict[str, Any]],
+  results: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
   """Add the text of each sample before the sample's other fields.
 
   The text ends before EOS, stop ids or a stop text. It is None without a vocabulary.
   """
-  asked = tokenized.asked
+  own = tokenized.options
 
   def text(tokens: list[int]) -> str | None:
     if isinstance(row.completion, str):
       return row.completion
     if vocabulary is None:
       return None
-    return completed_text(vocabulary, tokenized.prompt, tokens, asked.sampling, asked.stop)[0]
+    return completed_text(vocabulary, tokenized.prompt, tokens, own.sampling, own.stop)[0]
 
-  return [{'completion': text(sample['tokens']), **sample} for sample in told]
+  return [{'completion': text(sample['tokens']), **sample} for sample in results]

@@ -1,4 +1,4 @@
-"""The quality report of a conversion: rounding errors and losses, as a table and a plot."""
+"""Quality report of a conversion: rounding errors and losses, as a table and a plot."""
 
 from collections.abc import Iterator
 import json
@@ -16,7 +16,7 @@ from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.text_files import check_plots
 
 BATCH_ROWS = 8
-# Number of examples to take from a seqio task, and number of tokens of each.
+# From a seqio task: number of examples to take, and number of tokens of each.
 TASK_ROWS, TASK_LENGTH = 256, 512
 
 
@@ -58,7 +58,7 @@ def report(
       f'{output} records no errors: it was converted by an older version; convert again'
     )
   original = open_checkpoint(source, config=config, **conventions)
-  # A serving checkpoint records its model; for other formats `config` is needed.
+  # A serving checkpoint records its model. For other formats, pass the source's.
   is_serving = storage.read_file(storage.normalize(output), serving.CONFIG) is not None
   rounded = open_checkpoint(output, config=None if is_serving else original.config)
   targets = None
@@ -95,15 +95,16 @@ def report(
 def loss(
   checkpoint: Checkpoint, targets: np.ndarray, dtype: str = 'float32', cache: str | None = None
 ) -> float:
-  """Return the mean loss in nats per token; each target is predicted from the targets before it.
+  """Return the mean loss in nats per token, predicting each target from those before it.
 
-  The first target of a row is predicted from BOS; a model without BOS does not predict it.
+  The first target of a row is predicted from BOS. In a model without BOS it is not predicted.
 
   Args:
     checkpoint: The model.
     targets: [rows, length]. Token ids to predict; 0 is padding.
-    dtype: Dtype of activations and float weights. In float32, products are exact: only int8 rounds.
-    cache: Dtype of the KV cache, as in Engine.load. Attention uses keys and values rounded as in
+    dtype: Dtype of activations and float weights. With float32, only int8 weights cause rounding
+      errors.
+    cache: Dtype of the KV cache, as in Engine.load. Keys and values are rounded to it, as in
       decoding.
   """
   engine = Engine.load(checkpoint, mesh='1x1x1', dtype=dtype, cache=cache)
@@ -161,7 +162,7 @@ def _checked(tokens: np.ndarray, where: str, vocab_size: int) -> np.ndarray:
 def _table(
   errors: dict[str, dict[str, float]], losses: dict[str, float], tokens: int
 ) -> Iterator[str]:
-  """Yield the report's lines. `tokens`: number of tokens over which the losses are averaged."""
+  """Yield the report's lines. `tokens`: number of tokens that the losses are averaged over."""
   yield f'{"tensor":26}{"max":>12}{"Frobenius":>12}   of max|w|, of ||w||'
   for name, error in errors.items():
     yield f'{name:26}{error["largest"]:12.4%}{error["relative"]:12.4%}'

@@ -1,4 +1,4 @@
-"""The receipt of a request: records everything that determines its tokens, to reproduce them.
+"""Receipts: a record of everything that determines a request's tokens, to reproduce them.
 
 A receipt is a JSON object. runs/receipt_file.py reads and checks a receipt's file, and
 runs/replay.py runs its request again.
@@ -32,7 +32,7 @@ from t5x_inference_ext.sharding.mesh import mesh_text
 RECEIPT_FORMAT = 't5x_inference_ext receipt'
 RECEIPT_VERSION = 1
 GRAMMAR_LIBRARY = 'llguidance'
-# Fields of a request that choose its tokens; `text`, `top_log_probs` and `salt` don't.
+# Fields of a request that affect its tokens. `text`, `top_log_probs` and `salt` do not.
 TOLD = ('tokens', 'seeds', 'limit', 'end_ids', 'stop_texts', 'sampling', 'grammar')
 
 
@@ -98,10 +98,10 @@ def make_receipt(
 
 
 def versions(*, grammars: bool = False) -> dict[str, str]:
-  """Return the versions that decide what programs compute, and the kind of chip.
+  """Return the versions that affect results, and the kind of chip.
 
   Args:
-    grammars: Whether the version of the grammars' library is told, which must be installed.
+    grammars: Whether to include the version of llguidance, which must be installed then.
   """
   return {
     't5x_inference_ext': __version__,
@@ -113,7 +113,7 @@ def versions(*, grammars: bool = False) -> dict[str, str]:
 
 
 def _sampling(params: SamplingParams) -> dict[str, Any]:
-  """Return sampling parameters in the form of rows of prompts files."""
+  """Return sampling parameters in the form of a prompts file's `sampling`."""
   return {
     **dataclasses.asdict(params),
     'stop': [[*sequence] for sequence in params.stop],

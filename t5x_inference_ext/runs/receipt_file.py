@@ -1,4 +1,4 @@
-"""Reading of receipt files. They may come from anyone, so every field is checked."""
+"""Read receipt files. They may come from anyone, so every field is checked."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -177,9 +177,9 @@ def _samples(value: Any, request: Request) -> list[tuple[list[int], str]]:
 def _fields(
   where: str, value: Any, names: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, Any]:
-  """Return an object that has exactly these names, but for the optional ones.
+  """Return an object that has all of `names` and no others except `optional`.
 
-  Raises ValueError for any other value.
+  Raise ValueError for any other value.
   """
   if not isinstance(value, dict):
     raise ValueError(f'{where} is {short_repr(value)}, not an object with {", ".join(names)}')

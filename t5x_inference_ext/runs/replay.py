@@ -36,7 +36,7 @@ def replay(
   Args:
     receipt: The receipt.
     options: Checkpoint, mesh, layouts and dtypes to run on. Other options are the receipt's.
-    vocabulary: As the option of that name, for stop texts and grammars.
+    vocabulary: Value of the option --vocabulary, for stop texts and grammars.
     say: Prints a line.
 
   Returns:
@@ -102,7 +102,7 @@ def _run(
 
 
 def _different_settings(receipt: Receipt, engine: Engine) -> list[str]:
-  """Return a line about what was not as it is now, which may explain other tokens."""
+  """Return a line on settings and versions that differ from the receipt's; [] if none does."""
   grammars = receipt.request.grammar is not None
   now = {**dataclasses.asdict(EngineSetting.of(engine)), **versions(grammars=grammars)}
   then = {**dataclasses.asdict(receipt.setting), **receipt.versions}
@@ -113,11 +113,14 @@ def _different_settings(receipt: Receipt, engine: Engine) -> list[str]:
 
 
 def _compare(sample: Sample, tokens: list[int], finish: str) -> str:
-  """Return a text that says how a sample differs from the receipt's; '' if they are equal."""
+  """Return a text on how a sample differs from the receipt's; '' if it does not."""
   pairs = itertools.zip_longest(tokens, sample.tokens, fillvalue='none')
   for i, (then, now) in enumerate(pairs):
     if then != now:
       return f'token {i} differs: {then} in the receipt, {now} now'
   if sample.finish_reason != finish:
-    return f'the tokens are equal, but not the end: {finish} in the receipt, {sample.finish_reason}'
+    return (
+      f'the tokens are equal, but not the finish reason: {finish} in the receipt, '
+      f'{sample.finish_reason} now'
+    )
   return ''

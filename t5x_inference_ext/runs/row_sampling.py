@@ -1,4 +1,4 @@
-"""Sampling options of single rows of a prompts file, which replace those of the run."""
+"""Sampling options of a single row of a prompts file, which replace those of the run."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -27,7 +27,7 @@ class RowSampling:
     seed: Seed of the row's first sample; the next samples have seed + 1, seed + 2, ... None:
       derived from the run's seed and the row's index.
     stop: Texts that end the row.
-    grammar: The language that the row's text must be in; None: any.
+    grammar: The grammar that the row's text must satisfy; None: any text.
   """
 
   sampling: SamplingParams
@@ -43,7 +43,7 @@ def row_sampling(
   """Return the sampling options of a row.
 
   Args:
-    run: Options of rows that have none of their own.
+    run: Options of the run.
     given: The row's `sampling` as read from JSON. It may have the fields of SamplingParams, with
       texts or ids in `stop` and an object as `logit_bias`; `max_new_tokens`, at most the run's; and
       `seed`.
@@ -109,7 +109,7 @@ def parse_logit_bias(value: Any) -> dict[int, float]:
   """
   try:
     found = {int(token): float(bias) for token, bias in value.items()}
-    # int() would also accept ' 3' and '+3', and float() any text of a number.
+    # Check the text first: int() also accepts ' 3' and '+3', and float() any number as text.
     if [*map(str, found)] == [*value] and all(
       has_type(bias, float) or bias == '-Infinity' for bias in value.values()
     ):

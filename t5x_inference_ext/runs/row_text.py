@@ -1,4 +1,4 @@
-"""Stop texts: token ids that end a row early on the devices, and the text cut at a stop text."""
+"""Stop texts of rows: token ids that end a row early on the devices, and cutting its text."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -33,10 +33,10 @@ def completed_text(
   sampling: SamplingParams,
   stop: Sequence[str],
 ) -> tuple[str, int]:
-  """Return the text of a completion, and how many of its tokens to keep.
+  """Return a completion's text, and the number of its tokens to keep.
 
-  The text ends before the first stop text and before stop ids. The kept tokens include those of the
-  stop text.
+  The text ends before the first stop text and before stop ids. The tokens of the stop text are
+  kept.
 
   Args:
     vocabulary: Decodes the tokens.

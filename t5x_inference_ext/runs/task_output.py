@@ -1,4 +1,4 @@
-"""Output files of a run over a task, local or in a bucket, written only by process 0."""
+"""Output files of a run over a task, local or in a bucket. Only process 0 writes them."""
 
 from collections.abc import Iterable, Iterator
 import contextlib
@@ -24,7 +24,7 @@ def output_path(name: str, source: Source, mode: str, output_dir: str) -> str:
 
 
 def make_directory(path: str) -> None:
-  """Make a directory if there is none. Raises RequestError if that fails."""
+  """Make a directory if it does not exist; raise RequestError if that fails."""
   if distributed.is_main():
     with _errors(path):
       gfile.makedirs(path)
@@ -32,7 +32,7 @@ def make_directory(path: str) -> None:
 
 @contextlib.contextmanager
 def open_output(path: str) -> Iterator[IO[str]]:
-  """Open a file for writing; in processes other than 0, writes are dropped.
+  """Context manager: open a file for writing; processes other than 0 write nothing.
 
   Raises:
     RequestError: The file can't be written, for example on a full disk.
@@ -56,7 +56,7 @@ def write_rows(path: str, rows: Iterable[Any]) -> None:
 
 @contextlib.contextmanager
 def _errors(path: str) -> Iterator[None]:
-  """Turn TensorFlow's file errors into a RequestError that names the file."""
+  """Context manager: convert TensorFlow's file errors to a RequestError that names the file."""
   try:
     yield
   except tf.errors.OpError as error:

@@ -24,14 +24,13 @@ def predicted_row(
 
   Args:
     example: The example that was continued.
-    samples: Tokens and score of each prediction. Several are written as lists, from the lowest
-      score to the highest, as with T5X's return_all_decodes.
-    length: Number of tokens to pad to before decoding, because some vocabularies decode padding
-      too.
+    samples: Tokens and score of each prediction. Several predictions are written as lists, from the
+      lowest score to the highest, as with T5X's return_all_decodes.
+    length: Number of tokens to pad to before decoding: some vocabularies decode padding as text.
     vocabulary: Decodes the predictions.
     mode: 'predict' or 'predict_with_aux'.
     stop: Texts that end a prediction, and are cut from it.
-    min_new_tokens: Stop texts that end among this many first tokens are ignored.
+    min_new_tokens: Stop texts that end within this many first tokens are ignored.
   """
   samples = sorted(samples, key=lambda sample: sample[1])
   ids = np.zeros((len(samples), length), np.int32)

@@ -41,7 +41,7 @@ from t5x_inference_ext.text.settings import EOS_ID
 
 RECORD = 'infer.config.json'
 SCORED_BATCHES = 128  # number of batches whose examples are sorted by length together
-# Options of InferOptions that have another name in a run over a task, or do not exist there.
+# Options of InferOptions that a run over a task lacks, or has under another name.
 _OTHER_OPTIONS = (
   'checkpoint',
   'max_new_tokens',
@@ -72,7 +72,7 @@ def infer(
   explain_layout: bool = False,
   **options: Any,
 ) -> Iterator[Job]:
-  """Prepare to predict or score every example of a task or mixture; yield a job for each task.
+  """Prepare to predict or score all examples of a task or mixture; yield a job for each task.
 
   gin binds the arguments (configs/runs/infer.gin).
 
@@ -149,7 +149,7 @@ def infer(
 
 
 def _with_limits(options: InferOptions, length: int, max_new_tokens: int | None) -> InferOptions:
-  """Return options that limit predictions to max_new_tokens, or if None to `length`, as in T5X."""
+  """Return options with a limit of max_new_tokens. None: of `length` for prompt and prediction."""
   if max_new_tokens is not None:
     return dataclasses.replace(options, max_new_tokens=max_new_tokens)
   return dataclasses.replace(options, max_new_tokens=length, max_length=length, cache_length=length)
@@ -171,7 +171,7 @@ def _uncompleted(
     paths = {task.name: output_path(task.name, source, mode, output_dir) for task in found}
     return [name for name, path in paths.items() if gfile.exists(path + COMPLETED_SUFFIX)]
 
-  # Only process 0 looks: the other processes may not see the output directory.
+  # Only process 0 looks, because other processes may not have the output directory.
   names = distributed.from_main(completed)
   for name in names:
     path = output_path(name, source, mode, output_dir)
@@ -187,9 +187,9 @@ def _prepare_task(
   output_dir: str,
   clock: Clock,
 ) -> Job:
-  """Return the job of a task. It writes `<task>-<mode>.jsonl-SSSSS-of-NNNNN`, then `.COMPLETED`."""
+  """Return the job of a task. It writes <task>-<mode>.jsonl-SSSSS-of-NNNNN, then .COMPLETED."""
   path = output_path(task.name, source, options.mode, output_dir)
-  asked = options.sampling
+  sampling = options.sampling
   options = _with_task_vocabulary(options, task)
   scoring = options.mode == 'score'
   rows = tasks.examples(task, source)
@@ -198,7 +198,7 @@ def _prepare_task(
     shard = f', shard {source.shard} of {source.num_shards}' if source.num_shards > 1 else ''
     raise RequestError(f'task {task.name} has no examples in split {source.split!r}{shard}')
   print_on_main(f'vocabulary: {tasks.vocabulary_text(task)}')
-  # If there are fewer examples than a batch, a smaller batch suffices.
+  # With fewer examples than a batch, a smaller batch suffices.
   samples = len(first) * options.num_decodes if len(first) < options.batch_size else None
   silent = options.continuous and not scoring  # refill_work prints the batch instead
   say = (lambda text: None) if silent else print_on_main
@@ -225,18 +225,17 @@ def _prepare_task(
   with journal.closed_on_error():
     work = _work(remembered(), task, source, options, engine, batch, clock)
   vocabulary = task.output_features['targets'].vocabulary
-  # Tokens are padded to the whole sequence, as in T5X, because some vocabularies decode padding
-  # too.
+  # Pad tokens to the whole sequence, as T5X does: some vocabularies decode padding as text.
   length = max(sum(source.feature_lengths.values()), options.max_new_tokens)
 
-  def tell(row: int, result: Any) -> dict[str, Any]:
+  def to_json(row: int, result: Any) -> dict[str, Any]:
     example = under_way.pop(row)
     if scoring:
       return task_rows.scored_row(example, float(np.sum(result)))
     samples = [result] if isinstance(result, Completion) else result
-    predicted = [(asked.before_stop(s.tokens), s.score) for s in samples]
+    predicted = [(sampling.before_stop(s.tokens), s.score) for s in samples]
     return task_rows.predicted_row(
-      example, predicted, length, vocabulary, options.mode, options.stop, asked.min_new_tokens
+      example, predicted, length, vocabulary, options.mode, options.stop, sampling.min_new_tokens
     )
 
   def write() -> None:
@@ -244,11 +243,11 @@ def _prepare_task(
     print_on_main(f'{task.name}: {loading.run_summary(clock, options.mode)}')
     print_on_main(f'wrote {path}')
 
-  return Job(work, journal, tell, write, Progress(task.name))
+  return Job(work, journal, to_json, write, Progress(task.name))
 
 
 def _features(batch: list[tuple[int, TaskExample]]) -> list[list]:
-  """Return a batch's model inputs, for a check that they are equal in all processes."""
+  """Return a batch's model inputs, which must be equal in all processes."""
   return [
     [(name, value.tolist()) for name, value in sorted(example.model.items())]
     for _, example in batch
@@ -264,7 +263,7 @@ def _work(
   batch: int,
   clock: Clock,
 ) -> Work:
-  """Return the work of the remaining examples, which are read only when needed."""
+  """Return the work of the remaining examples, which are read lazily."""
   if options.mode == 'score':
     groups = (
       [(row, tasks.scoring_example(example, engine.checkpoint.bos_id)) for row, example in some]

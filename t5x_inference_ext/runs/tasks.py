@@ -38,7 +38,7 @@ class Source(NamedTuple):
 
 
 class TaskExample(NamedTuple):
-  """One example: the task's own features, and the model's features."""
+  """One example, as the task's features and as the model's features."""
 
   task: dict[str, Any]
   model: dict[str, np.ndarray]
@@ -73,7 +73,7 @@ def find_tasks(source: Source) -> list[seqio.Task]:
 
 
 def check_source(source: Source, mode: str, tasks: list[seqio.Task]) -> None:
-  """Raise RequestError if the tasks lack a length, feature, split or shard that `source` names."""
+  """Raise RequestError if `source` does not fit the tasks: lengths, features, split or shard."""
   lengths = source.feature_lengths
   if (
     not isinstance(lengths, Mapping)
@@ -143,7 +143,7 @@ def examples(task: seqio.Task, source: Source) -> Iterator[TaskExample]:
 
 
 def prompt(example: TaskExample) -> list[int]:
-  """Return the tokens that T5X's predict continues: the inputs without BOS and padding."""
+  """Return the prompt of T5X's predict: the inputs without BOS and padding."""
   inputs = example.model['decoder_input_tokens'] * example.model['decoder_causal_attention']
   return inputs[1:][: np.count_nonzero(inputs[1:])].tolist()
 

@@ -1,7 +1,7 @@
 """Three ways to serve the rows of a run: slot refill, static batches, scoring.
 
-Each is an object whose `step` does part of the work and returns the rows that it finished. So a run
-is a simple loop:
+Each way is a class whose `step` does part of the work and returns the rows finished by it. A run is
+a loop:
 
     while not work.finished:
       for row, result in work.step():
@@ -113,7 +113,7 @@ def refill_work(
     requests: Pairs (row, request), in order.
     clock: Counts time, rows and tokens.
     say: Prints a line.
-    ahead: Number of requests to read before the start, to choose the sizes; None: all.
+    ahead: Number of requests to read at the start, to choose the sizes; None: all.
     vocabulary: Needed by stop texts and grammars.
     **sizes: Other arguments of scheduler_config.config_for.
   """
@@ -147,8 +147,8 @@ class StaticWork:
     engine: The engine to run on.
     batches: Lists of at most shape.batch pairs (row, prompt). Prompts have at most shape.prompt
       tokens. `row` is the row's index in the run.
-    shape: Shape of the batches in the engine. Short batches are padded with rows whose results are
-      dropped.
+    shape: Shape of the batches in the engine. Smaller batches are padded with rows whose results
+      are dropped.
     clock: Counts time, rows and tokens.
     options: Options of the run.
     eos_id: Token that ends a row, or several.

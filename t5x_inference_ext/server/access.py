@@ -1,4 +1,4 @@
-"""Checks of who may send requests: API keys, and the names that the Host header may have."""
+"""Access checks of requests: API keys, and allowed names in the Host header."""
 
 from collections.abc import Mapping, Sequence
 import hashlib
@@ -25,7 +25,7 @@ class Keys:
   def client(self, headers: Mapping[str, str]) -> str | None:
     """Return a name for the client, derived from its key; None if the server has no keys.
 
-    All keys are compared, by digest, so the time taken reveals nothing about them.
+    The request's key is compared with all keys, by digest, so that the time reveals nothing.
 
     Raises:
       ApiError: The request has no key, or an unknown one.
@@ -86,7 +86,7 @@ class Hosts:
   it makes resolve to 127.0.0.1 (DNS rebinding).
 
   Args:
-    options: Gives the address, and further names.
+    options: Options with the address and further names.
   """
 
   def __init__(self, options: ServerOptions) -> None:

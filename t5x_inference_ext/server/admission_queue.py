@@ -1,4 +1,4 @@
-"""Limits on the prompts that wait, and the order in which they enter the engine."""
+"""Limits on waiting prompts, and the order in which they enter the engine."""
 
 import collections
 from collections.abc import Callable, Hashable
@@ -9,13 +9,13 @@ from typing import Generic, TypeVar
 from t5x_inference_ext.server.api_errors import ApiError, invalid
 from t5x_inference_ext.server.rates import MeasuredRate
 
-_LONGEST = 600  # maximum number of seconds that a client is asked to wait
+_LONGEST = 600  # maximum value of Retry-After, in seconds
 
 _T = TypeVar('_T')
 
 
 class WaitingBounds:
-  """Counts the prompts that wait, and refuses more than the bounds allow.
+  """Counts waiting prompts, and refuses prompts beyond the bounds.
 
   A prompt waits from the moment its body is read, before it is rendered and tokenized, until its
   first token. A text counts as many tokens as it has bytes; it can't have more.
@@ -28,7 +28,7 @@ class WaitingBounds:
 
   Attributes:
     waiting: Number of prompts that wait.
-    tokens: Number of their tokens.
+    tokens: Number of tokens of the waiting prompts.
   """
 
   def __init__(self, requests: int, tokens: int, now: Callable[[], float] = time.monotonic) -> None:
@@ -37,11 +37,11 @@ class WaitingBounds:
     self._request_rate, self._token_rate = MeasuredRate(now), MeasuredRate(now)
 
   def enter(self, sizes: list[int]) -> None:
-    """Count prompts of these sizes as waiting: all of them, or none.
+    """Count prompts of these sizes as waiting; if one is refused, count none.
 
     Raises:
-      ApiError: Too many prompts would wait. Status 429 says after how many seconds there may be
-        room, judging by the recent rate; status 400 if there can never be room.
+      ApiError: Too many prompts would wait. Status 429 has a Retry-After, estimated from the recent
+        rate; status 400 if there can never be room.
     """
     if len(sizes) > self._most_requests:
       raise invalid(
@@ -66,7 +66,7 @@ class WaitingBounds:
     self.waiting, self.tokens = requests, tokens
 
   def leave(self, size: int, *, served: bool) -> None:
-    """Stop counting a prompt. `served`: it has begun; otherwise it was given up."""
+    """Stop counting a prompt. `served`: whether it was started; False if it was dropped."""
     self.waiting -= 1
     self.tokens -= size
     if served:
@@ -75,7 +75,7 @@ class WaitingBounds:
 
 
 def _seconds(excess: int, rate: MeasuredRate) -> int:
-  """Return the seconds, rounded up, until an excess is worked off; 1 while no rate is known."""
+  """Return excess / rate in whole seconds, rounded up; 1 if the rate is unknown."""
   if excess <= 0 or not rate.per_second:
     return 1
   return min(max(1, math.ceil(excess / rate.per_second)), _LONGEST)
@@ -84,12 +84,12 @@ def _seconds(excess: int, rate: MeasuredRate) -> int:
 class FairQueue(Generic[_T]):
   """A queue in which clients take turns; each client's own items stay in order.
 
-  So a client with hundreds of items delays another client's first item by only one item. The queue
-  is not thread-safe.
+  A client with hundreds of items thus delays another client's first item by one item. Not
+  thread-safe.
   """
 
   def __init__(self) -> None:
-    # Clients in the order of their turns; only those that have items.
+    # The clients that have items, in the order of their turns.
     self._clients: collections.OrderedDict[Hashable, dict[_T, None]] = collections.OrderedDict()
 
   def __bool__(self) -> bool:

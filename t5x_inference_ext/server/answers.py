@@ -15,9 +15,9 @@ from t5x_inference_ext.server.receipts import ReceiptWriter
 
 
 class HttpAnswer:
-  """Tracks the prompts of one HTTP request, from before they are tokenized to their last token.
+  """The prompts of one HTTP request in the engine, from before tokenization to the last token.
 
-  A context manager: on exit, samples that have not ended are cancelled.
+  Context manager: on exit, samples that have not ended are cancelled.
 
   Args:
     driver: The engine's thread.
@@ -34,7 +34,7 @@ class HttpAnswer:
     finishes: Finish reasons of the samples that have ended.
     queue_seconds: Time from arrival until the first prompt was started; None before.
     first_seconds: Time from arrival until the first token; None before.
-    receipt: Makes the receipt, if the request asks for one.
+    receipt: Makes the receipt; None if the request does not want one.
     closed: Whether the answer was closed: no client waits for it.
 
   Raises:
@@ -77,7 +77,7 @@ class HttpAnswer:
 
     Args:
       requests: A request for each prompt.
-      at_once: Whether to deliver each event as it comes (a stream); otherwise all at the end.
+      at_once: Whether to deliver each event when it occurs (a stream), or all events at the end.
 
     Raises:
       ApiError: The engine has failed.
@@ -90,7 +90,7 @@ class HttpAnswer:
       self._driver.submit(ticket)
 
   def finish_at_once(self, prompts: int, samples: int) -> None:
-    """End every sample without a token, for a request that asks only for its prompts."""
+    """End every sample without new tokens, for a request with max_tokens 0."""
     self._left = prompts * samples
     for number in range(prompts):
       self._leave(number, served=True)

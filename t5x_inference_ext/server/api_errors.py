@@ -1,4 +1,4 @@
-"""Errors in the API's form: an HTTP status, and a JSON object that says what is wrong."""
+"""Errors in the API's form: an HTTP status and a JSON object."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ INVALID, OVERLOADED, UNAVAILABLE, FAILED = (
 
 
 class ApiError(Exception):
-  """An answer other than 200.
+  """An error answer.
 
   Args:
     status: HTTP status.
@@ -62,7 +62,7 @@ def unavailable(reason: str, code: str, retry_after: int | None = None) -> ApiEr
 
 
 def too_late(seconds: float) -> ApiError:
-  """Return the error for a request that has exceeded its time limit."""
+  """Return the error (status 408) for a request that exceeded its time limit."""
   return ApiError(
     408,
     f'the request did not end within {seconds:g} s: ask for fewer tokens, or raise `timeout` or '

@@ -22,7 +22,7 @@ from t5x_inference_ext.server.bodies import DetokenizeBody, TokenizeBody, valida
 from t5x_inference_ext.server.body_reading import read_json
 from t5x_inference_ext.server.service import Service
 
-# Paths that need no key, because they reveal nothing about clients.
+# Paths that need no key, because their answers reveal nothing about clients.
 _OPEN = ('/health', '/metrics', '/version', '/status')
 # Paths that monitors request every few seconds; such requests are not logged.
 _QUIET = ('/health', '/metrics', '/status')
@@ -70,7 +70,7 @@ def make_app(service: Service) -> ASGIApp:
     *(route(path, page_file) for path in page),
   ]
   handlers: Mapping[Any, Any] = {
-    ApiError: _told,
+    ApiError: _error_response,
     HTTPException: _told_by_starlette,
     ClientDisconnect: _left,
     Exception: _failed,
@@ -117,7 +117,7 @@ class _Gate:
         await response(scope, receive, send_noted)
         return
       await self._app(scope, receive, send_noted)
-    except Exception:  # whatever the error: it is logged, and other requests go on
+    except Exception:  # any error: log it, so that other requests go on
       record['traceback'] = traceback.format_exc()[-_MOST_TRACEBACK:]
       if not whole:
         raise  # the connection is closed
@@ -196,7 +196,7 @@ async def _status(service: Service, request: Request) -> Response:
   return JSONResponse(service.status())
 
 
-def _told(request: Request, error: Exception) -> Response:
+def _error_response(request: Request, error: Exception) -> Response:
   assert isinstance(error, ApiError)
   request.scope['state']['record']['error'] = error.message
   return JSONResponse(error.body, error.status, error.headers)
@@ -206,8 +206,8 @@ def _told_by_starlette(request: Request, error: Exception) -> Response:
   assert isinstance(error, HTTPException)
   what = {404: 'there is no such path', 405: f'{request.method} is not for this path'}
   message = what.get(error.status_code, str(error.detail))
-  told = ApiError(error.status_code, message, headers=error.headers)
-  return _told(request, told)
+  found = ApiError(error.status_code, message, headers=error.headers)
+  return _error_response(request, found)
 
 
 def _left(request: Request, error: Exception) -> Response:
@@ -218,8 +218,8 @@ def _left(request: Request, error: Exception) -> Response:
 def _failed(request: Request, error: Exception) -> Response:
   kind = type(error).__name__
   request.scope['state']['record']['error'] = f'{kind}: {error}'[:500]
-  told = ApiError(500, f'the server failed ({kind}); its log says more', code='internal_error')
-  return JSONResponse(told.body, told.status)
+  found = ApiError(500, f'the server failed ({kind}); its log says more', code='internal_error')
+  return JSONResponse(found.body, found.status)
 
 
 def _page_files() -> dict[str, tuple[bytes, str]]:

@@ -89,7 +89,7 @@ class GenerationBody(_Strict):
     return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
   @property
-  def tells_usage(self) -> bool:
+  def includes_usage(self) -> bool:
     """Whether a stream ends with token counts (`usage`)."""
     return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -248,11 +248,11 @@ def validated(kind: type[_Body], value: Any) -> _Body:
   try:
     return kind.model_validate(value)
   except pydantic.ValidationError as error:
-    raise _told(error) from None
+    raise _validation_error(error) from None
 
 
-def _told(error: pydantic.ValidationError) -> ApiError:
-  """Return the error for an invalid body: names its unknown fields, else its first problem."""
+def _validation_error(error: pydantic.ValidationError) -> ApiError:
+  """Return the error for an invalid body. It names the unknown fields, else the first problem."""
   errors = error.errors(include_url=False)
   unknown = [_path(each['loc']) for each in errors if each['type'] == 'extra_forbidden']
   if unknown:
@@ -262,7 +262,7 @@ def _told(error: pydantic.ValidationError) -> ApiError:
   first = errors[0]
   message = first['msg'].removeprefix('Input ').removeprefix('Value error, ')
   path = _path(first['loc'])
-  if not path:  # a check over several fields: its message begins with the first field's name
+  if not path:  # a check of several fields: the message begins with the first field's name
     return invalid(printable(message), message.split()[0], 'invalid_value')
   if first['type'] == 'missing':
     return invalid(f'{path} is required', path, 'missing_field')

@@ -1,4 +1,4 @@
-"""Reading of request bodies: JSON of limited size."""
+"""Read request bodies: JSON of limited size."""
 
 import asyncio
 from typing import Any
@@ -50,7 +50,7 @@ async def read_json(request: Request, most: int) -> Any:
 
 
 def _too_large(most: int) -> ApiError:
-  # The rest of the body is not read, so the connection can't go on.
+  # The rest of the body is not read, so the connection can't be used again.
   return ApiError(
     413,
     f'the body has more than {most} bytes: send less, or raise --max_body_bytes',

@@ -1,7 +1,7 @@
 """The thread that runs the engine, and the interface between it and the event loop.
 
 The event loop never waits for a device: it queues tickets, and receives their events in one call
-per step. Only the event loop calls these methods, except those marked as the thread's.
+per step. Only the event loop calls the methods, except those below the comment "The thread".
 """
 
 import asyncio
@@ -17,22 +17,22 @@ from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.server.admission_queue import FairQueue
 from t5x_inference_ext.server.api_errors import ApiError, unavailable
-from t5x_inference_ext.server.turns import PromptToScore, TurnInbox
+from t5x_inference_ext.server.lockstep import PromptToScore, StepInbox
 
 
 class Listener(Protocol):
-  """A follower of a ticket. Both methods are called in the event loop."""
+  """Receiver of a ticket's events. The event loop calls both methods."""
 
   def push(self, ticket: 'Ticket', event: Event) -> None:
     """Receive an event of a ticket."""
 
   def fail(self, error: ApiError) -> None:
-    """Learn that no more events will come, and the reason."""
+    """Receive the error after which no events come."""
 
 
 @dataclasses.dataclass(eq=False)
 class Ticket:
-  """A request in the driver, from its queue to its last event.
+  """A request in the driver, from the queue to the request's last event.
 
   Attributes:
     checked: The request, and the matchers of its grammar.
@@ -41,7 +41,7 @@ class Ticket:
     number: Index of the prompt within its HTTP request.
     handle: The request's handle in the scheduler; None before it is submitted there.
     left: Number of samples that have not ended.
-    started_at: Time when it was submitted to the scheduler (see Driver.now); None before.
+    started_at: Time of submission to the scheduler (see Driver.now); None before.
   """
 
   checked: CheckedRequest
@@ -72,12 +72,12 @@ class Driver:
   """Runs a scheduler in a thread of its own.
 
   Args:
-    scheduler: The scheduler, which nothing else steps. Its inbox is `inbox`.
-    inbox: The inbox, for turns that other processes follow.
+    scheduler: The scheduler. Only the driver steps it. Its inbox is `inbox`.
+    inbox: The scheduler's inbox, whose steps other processes follow.
     score: Scores prompts; see engine.ranking.PromptRanker. Called in the thread.
 
   Attributes:
-    error: Why the engine has failed; None while it works.
+    error: Why the engine failed; None if it works.
     steps: Number of steps so far.
   """
 
@@ -86,12 +86,12 @@ class Driver:
   def __init__(
     self,
     scheduler: Scheduler,
-    inbox: TurnInbox,
+    inbox: StepInbox,
     score: Callable[[Sequence[PromptToScore]], list[Any]],
   ) -> None:
     self.scheduler, self._inbox, self._score = scheduler, inbox, score
     self._wake = threading.Condition()
-    # State that the event loop and the thread share; the lock is _wake.
+    # State shared by the event loop and the thread, under the lock _wake.
     self._queue = FairQueue[Ticket]()
     self._scores: list[_Score] = []
     self._closing = False
@@ -108,7 +108,7 @@ class Driver:
     self._thread.start()
 
   def close(self, timeout: float | None = None) -> bool:
-    """End the thread once the scheduler is idle; return whether it ended in `timeout` seconds."""
+    """End the thread when the scheduler is idle; return whether it ended in `timeout` seconds."""
     with self._wake:
       self._closing = True
       self._wake.notify()
@@ -151,7 +151,7 @@ class Driver:
     return await future
 
   def fail(self, reason: str) -> None:
-    """Mark the engine as failed, and tell all listeners. Works even if the thread hangs."""
+    """Mark the engine as failed, and report it to all listeners. Works even if the thread hangs."""
     with self._wake:
       if self.error is not None:
         return
@@ -181,14 +181,14 @@ class Driver:
   def _run(self) -> None:
     assert self._loop is not None
     try:
-      while self._turn():
+      while self._step():
         pass
-    except BaseException as error:  # after any error, clients must not wait for the thread
+    except BaseException as error:  # any error: clients must not wait for the thread
       reason = str(error) if isinstance(error, UserError) else f'{type(error).__name__}: {error}'
       self._call(self.fail, reason)
 
-  def _turn(self) -> bool:
-    """Wait for work and do one turn; return False once the driver is closed and no work is left."""
+  def _step(self) -> bool:
+    """Wait for work and run a step; return False if the driver is closed and has no work left."""
     with self._wake:
       while not (self._scores or self._queue or not self.scheduler.idle):
         if self._closing or self.error is not None:
@@ -197,7 +197,7 @@ class Driver:
         self._wake.wait()
       scores = self._take_scores()
       self._feed()
-    self._inbox.begin_turn([each.prompt for each in scores])
+    self._inbox.begin_step([each.prompt for each in scores])
     if self._inbox.closed:
       return False
     if scores:
@@ -205,7 +205,7 @@ class Driver:
     events = self.scheduler.step()
     self.steps += 1
     if events:
-      self._call(self._tell, events)
+      self._call(self._deliver, events)
     return True
 
   def _call(self, function: Callable, *arguments: Any) -> None:
@@ -217,14 +217,14 @@ class Driver:
       self._closing = True
 
   def _take_scores(self) -> list[_Score]:
-    """Take as many prompts to score as are scored together: rows that decode wait for them."""
+    """Take only as many prompts to score as fit into one batch, since decoding rows wait for it."""
     self._scores = [each for each in self._scores if not each.future.cancelled()]
     count = self.scheduler.config.prefill_rows
     taken, self._scores = self._scores[:count], self._scores[count:]
     return taken
 
   def _score_all(self, scores: list[_Score]) -> None:
-    """Score prompts and deliver the results. An error goes only to these prompts; rows go on."""
+    """Score prompts and deliver the results. An error ends only these prompts, not other rows."""
     try:
       results = self._score([each.prompt for each in scores])
     except Exception as error:  # such as too little memory for a long prompt
@@ -242,7 +242,7 @@ class Driver:
       ticket.handle = self._inbox.submit(*ticket.checked)
       self._tickets[ticket.handle.index] = ticket
 
-  def _tell(self, events: list[Event]) -> None:
+  def _deliver(self, events: list[Event]) -> None:
     """Hand events to their listeners; called in the event loop."""
     for event in events:
       ticket = self._tickets.get(event.request)

@@ -1,4 +1,4 @@
-"""Answers as the API's JSON objects: one whole object, or the chunks of a stream."""
+"""Forms: answers as the API's JSON objects, whole or as the chunks of a stream."""
 
 from collections.abc import Sequence
 import secrets
@@ -14,12 +14,12 @@ FINISHES = {'eos': 'stop', 'stop': 'stop', 'length': 'length'}
 
 
 def new_id(kind: str) -> str:
-  """Return a new random id that can't be guessed."""
+  """Return a new random id, which can't be guessed."""
   return f'{kind}-{secrets.token_hex(12)}'
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-  """Return counts of tokens, BOS and the token that ended a sample included."""
+  """Return the API's token counts. BOS and the token that ends a sample are counted."""
   return {
     'prompt_tokens': prompt_tokens,
     'completion_tokens': completion_tokens,
@@ -106,7 +106,7 @@ class CompletionForm(_Form):
     return self.chunk(self._choice(prompt, sample, text, [], log_probs, None))
 
   def next(self, prompt: int, event: Event) -> dict[str, Any] | None:
-    """Return the chunk of an event; None if it tells nothing."""
+    """Return the chunk of an event; None if there is nothing to send."""
     log_probs = None
     if self._body.logprobs is not None:
       index = prompt * self._body.choices + event.sample
@@ -181,7 +181,7 @@ class ChatForm(_Form):
     )
 
   def next(self, prompt: int, event: Event) -> dict[str, Any] | None:
-    """Return the chunk of an event; None if it tells nothing."""
+    """Return the chunk of an event; None if there is nothing to send."""
     del prompt
     tells = self._body.logprobs or self._body.return_token_ids
     if not event.text and event.finish is None and not tells:

@@ -18,12 +18,12 @@ from t5x_inference_ext.server.api_errors import invalid
 from t5x_inference_ext.server.bodies import ChatBody, CompletionBody, GenerationBody, validated
 from t5x_inference_ext.server.body_reading import read_json
 from t5x_inference_ext.server.forms import ChatForm, CompletionForm, usage
+from t5x_inference_ext.server.lockstep import PromptToScore
 from t5x_inference_ext.server.receipts import ReceiptWriter
 from t5x_inference_ext.server.response_formats import grammar_of
 from t5x_inference_ext.server.service import Service
 from t5x_inference_ext.server.streaming import EventStream
 from t5x_inference_ext.server.translation import first_seed, refused, size_of
-from t5x_inference_ext.server.turns import PromptToScore
 from t5x_inference_ext.server.waiting import Deadline, in_time
 
 # Prompts of more bytes are tokenized in another thread, so that the event loop is not blocked.
@@ -44,11 +44,11 @@ async def complete(service: Service, request: Request) -> ASGIApp:
   def requests() -> _Requests:
     seed, found = first_seed(body), []
     # With max_tokens 0 nothing is generated, but the request is checked like one for 1 token.
-    asked = body.model_copy(update={'max_tokens': 1}) if body.max_tokens == 0 else body
+    checked = body.model_copy(update={'max_tokens': 1}) if body.max_tokens == 0 else body
     for i, prompt in enumerate(prompts):
       param = 'prompt' if len(prompts) == 1 else f'prompt[{i}]'
       tokens = [*translator.bos, *translator.prompt_ids(prompt, param)]
-      found.append(translator.request(asked, tokens, body.logprobs or 0, param, seed))
+      found.append(translator.request(checked, tokens, body.logprobs or 0, param, seed))
     return found
 
   async def form(found: _Requests) -> _Form:
@@ -83,13 +83,13 @@ async def chat(service: Service, request: Request) -> ASGIApp:
     del found
     return ChatForm(body, service.facts.name, service.texts)
 
-  # Render in another thread: a template may take long even for short messages.
+  # Render in another thread, since a template may take long even for short messages.
   sizes = [size_of(messages) + size_of(body.tools)]
   return await _answer(service, request, body, sizes, requests, form, in_thread=True)
 
 
 def _check_body(service: Service, body: GenerationBody) -> None:
-  """Raise ApiError for errors in the body that show before prompts are counted or tokenized."""
+  """Raise ApiError for errors in the body that can be found before tokenization."""
   service.check_model(body.model)
   service.translator.sampling(body)
   grammar_of(body.response_format)
@@ -109,7 +109,7 @@ async def _echo(
   if body.logprobs is None:
     return text, None
   ranked = await service.driver.score(PromptToScore(found.tokens, body.logprobs))
-  # Without BOS, a prompt's first token has no log-probability: no token is before it.
+  # Without BOS, a prompt's first token has no log-probability, because no token precedes it.
   unknown = [None] * (len(ids) - len(ranked.log_probs))
   log_probs, top = [*unknown, *ranked.log_probs], [*unknown, *ranked.top]
   return text, service.texts.completion(ids, log_probs, top, 0, body.logprobs)
@@ -178,10 +178,10 @@ async def _answer(
         if ended is not None:
           samples[number] = ended
     ordered = [samples[number] for number in range(len(sizes))]
-    told = form.whole(ordered, usage(answer.prompt_tokens, answer.new_tokens))
+    answered = form.whole(ordered, usage(answer.prompt_tokens, answer.new_tokens))
     if answer.receipt is not None:
-      told['receipt'] = await answer.receipt.receipt(ordered[0])
-    return told
+      answered['receipt'] = await answer.receipt.receipt(ordered[0])
+    return answered
 
   with contextlib.ExitStack() as stack:
     answer = stack.enter_context(

@@ -15,14 +15,14 @@ from t5x_inference_ext.server.app import make_app
 from t5x_inference_ext.server.options import ServerOptions
 from t5x_inference_ext.server.service import Service
 
-_TELL_SECONDS = 1  # time to tell clients that the server ends
-_CLOSE_SECONDS = 1  # time for connections to close after that
+_NOTIFY_SECONDS = 1  # seconds to send clients the error that the server ends
+_CLOSE_SECONDS = 1  # seconds for connections to close after that
 _POLL_SECONDS = 0.05
 _BACKLOG = 1024
 
 
 def bind(options: ServerOptions) -> socket.socket:
-  """Return a socket at the address of the options; it does not listen yet.
+  """Return a socket bound to the options' address. It does not listen yet.
 
   Raises:
     RequestError: The address is in use, or does not belong to this machine.
@@ -55,8 +55,7 @@ class HttpServer(uvicorn.Server):
   """Runs the service until SIGTERM, SIGINT or `stop`.
 
   After the first SIGTERM or SIGINT, new requests are refused, and running ones may go on for
-  `drain_seconds`; then they end with an error to their clients. A second signal ends the process at
-  once.
+  `drain_seconds`; then their clients get an error. A second signal ends the process at once.
 
   Args:
     service: The server's parts.
@@ -123,8 +122,8 @@ class HttpServer(uvicorn.Server):
     if service.answers:
       self._say(f'ending {len(service.answers)} requests')
       for answer in list(service.answers):
-        answer.fail(unavailable('the server has ended: ask another one', 'server_ended'))
-      await self._no_answers(_TELL_SECONDS)
+        answer.fail(unavailable('the server has ended: try another one', 'server_ended'))
+      await self._no_answers(_NOTIFY_SECONDS)
     self.should_exit = True
 
   async def _no_answers(self, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Start of a server from its options: load the engine, compile its programs, open the port."""
+"""Start a server from its options: load the engine, compile its programs, open the port."""
 
 from collections.abc import Callable
 import contextlib
@@ -31,15 +31,15 @@ from t5x_inference_ext.server.access import is_loopback, read_keys
 from t5x_inference_ext.server.bodies import MAX_TOP
 from t5x_inference_ext.server.driver import Driver
 from t5x_inference_ext.server.http_server import HttpServer, bind
+from t5x_inference_ext.server.lockstep import StepInbox
 from t5x_inference_ext.server.options import NOT_SERVED, ServerOptions
 from t5x_inference_ext.server.request_log import RequestLog
 from t5x_inference_ext.server.service import Facts, Service
 from t5x_inference_ext.server.translation import Translator
-from t5x_inference_ext.server.turns import TurnInbox
 from t5x_inference_ext.text.settings import TextSettings
 from t5x_inference_ext.text.vocabulary_files import choose_settings
 
-_CLOSE_SECONDS = 1  # time for the engine's thread to end
+_CLOSE_SECONDS = 1  # seconds for the engine's thread to end
 
 _Say = Callable[[str], None]
 
@@ -94,18 +94,18 @@ def run_server(
 
 
 class ServedEngine(NamedTuple):
-  """An engine, and what runs its requests.
+  """An engine, with its scheduler and ranker.
 
   Attributes:
     engine: The engine.
     scheduler: The scheduler.
-    inbox: Its inbox.
-    ranker: Scores prompts beside it.
+    inbox: The scheduler's inbox.
+    ranker: Scores prompts.
   """
 
   engine: Engine
   scheduler: Scheduler
-  inbox: TurnInbox
+  inbox: StepInbox
   ranker: PromptRanker
 
 
@@ -123,7 +123,7 @@ def make_served(
     speculate=model.speculate,
     top_log_probs=min(MAX_TOP, engine.model.config.vocab_size),
   )
-  inbox = TurnInbox()
+  inbox = StepInbox()
   scheduler = Scheduler(
     engine.model, engine.weights, config, vocabulary=settings.vocabulary, inbox=inbox
   )
@@ -131,7 +131,7 @@ def make_served(
 
 
 def compile_programs(served: ServedEngine, say: _Say) -> None:
-  """Compile everything that requests can need, and say so."""
+  """Compile all programs that requests can need, and print how many."""
   say('compiling: the port opens after this')
   begin = time.monotonic()
   programs = [*served.scheduler.warm_up(), served.ranker.warm_up()]
@@ -144,7 +144,7 @@ def make_service(
   options: ServerOptions,
   log: RequestLog | None = None,
 ) -> Service:
-  """Return the parts of a server. Its thread does not run yet."""
+  """Return the service. The driver's thread does not run yet."""
   engine, checkpoint = served.engine, served.engine.checkpoint
   name = options.model_name or os.path.basename(os.path.normpath(checkpoint.path))
   return Service(
@@ -158,7 +158,7 @@ def make_service(
 
 
 def _serve(service: Service, listener: socket.socket, say: _Say) -> None:
-  """Serve until SIGTERM, and end the engine in all processes."""
+  """Serve until SIGTERM, then end the engine in all processes."""
   server, driver = HttpServer(service, say), service.driver
   if jax.process_count() > 1:
     processes.watch_others(driver.fail_soon)
@@ -169,7 +169,7 @@ def _serve(service: Service, listener: socket.socket, say: _Say) -> None:
     service.log.close()
   say('ended')
   if not ended or driver.error is not None:
-    # The thread waits for a device or a lost process, and only os._exit can end it.
+    # The thread waits for a device or for a lost process, so only os._exit can end it.
     os._exit(int(driver.error is not None))
 
 

@@ -18,8 +18,8 @@ _HISTOGRAMS = {
   'first_token': ('vllm:time_to_first_token_seconds', 'Arrival to first token.', _SECONDS),
   'between_tokens': ('vllm:inter_token_latency_seconds', 'Between tokens of a sample.', _SECONDS),
   'latency': ('vllm:e2e_request_latency_seconds', 'Arrival to last token.', _SECONDS),
-  'queue': ('vllm:request_queue_time_seconds', 'Arrival to the beginning of work.', _SECONDS),
-  'prefill': ('vllm:request_prefill_time_seconds', 'Beginning of work to first token.', _SECONDS),
+  'queue': ('vllm:request_queue_time_seconds', 'Arrival to the start of its prefill.', _SECONDS),
+  'prefill': ('vllm:request_prefill_time_seconds', 'Start of prefill to first token.', _SECONDS),
   'decode': ('vllm:request_decode_time_seconds', 'First token to last token.', _SECONDS),
   'prompt': ('vllm:request_prompt_tokens', 'Tokens of prompts.', _TOKENS),
   'generation': ('vllm:request_generation_tokens', 'New tokens of samples.', _TOKENS),
@@ -34,7 +34,7 @@ class Load:
     slots_used: Slots with a row.
     slots: All slots.
     waiting: Prompts that wait for a slot.
-    pages_used: Number of the cache's own (not shared) pages in use.
+    pages_used: Number of pages in use, without the shared ones.
     pages: All pages of the cache.
     stats: Counters of the scheduler's work.
   """
@@ -90,7 +90,7 @@ class Metrics:
     self._histograms[name].observe(value)
 
   def began(self, prompt_tokens: int, queue: float, prefill: float) -> None:
-    """Count a prompt whose first token has come, after `queue` and `prefill` seconds."""
+    """Count a prompt at its first token, which took `queue` and `prefill` seconds."""
     self._prompt_tokens.inc(prompt_tokens)
     self.observe('prompt', prompt_tokens)
     self.observe('queue', queue)

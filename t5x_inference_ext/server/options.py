@@ -5,7 +5,8 @@ import dataclasses
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.options import check_options, option
 
-# Options of the infer command that a server lacks: they come with each request, or don't apply.
+# Options of the infer command that a server does not have: requests carry them, or they don't
+# apply.
 NOT_SERVED = (
   'max_new_tokens',
   'mode',
@@ -23,7 +24,7 @@ _HTTP, _TEXT, _LOAD, _SAFETY = 'HTTP', 'Text', 'Load', 'Safety'
 
 @dataclasses.dataclass(frozen=True)
 class ServerOptions:
-  """Options of a server beside those of its engine (runs.infer_options.InferOptions).
+  """Options of a server, in addition to its engine's (runs.infer_options.InferOptions).
 
   Raises:
     RequestError: A value is out of its range.
@@ -38,8 +39,8 @@ class ServerOptions:
   )
   allowed_host: tuple[str, ...] = option(
     (),
-    help='A further name that the Host header may have, as behind a proxy. May be repeated. With '
-    'any given, the header is checked at every address.',
+    help='Another allowed value of the Host header, for example of a proxy. May be repeated. If '
+    'one is given, the header is checked at every address.',
     group=_HTTP,
   )
   model_name: str | None = option(

@@ -1,4 +1,4 @@
-"""Serving with several processes: the others repeat each turn of process 0; heartbeats."""
+"""Several processes: the others repeat each step of process 0, and send heartbeats."""
 
 from collections.abc import Callable, Sequence
 import contextlib
@@ -13,7 +13,7 @@ import jax
 from jax._src import distributed as jax_distributed  # the coordination service has no other API
 
 from t5x_inference_ext.engine.scheduler import Scheduler
-from t5x_inference_ext.server.turns import PromptToScore, TurnInbox
+from t5x_inference_ext.server.lockstep import PromptToScore, StepInbox
 
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 7.0  # a process without a heartbeat for this long counts as lost
@@ -21,32 +21,32 @@ _KEY = 't5x_inference_ext/server/alive/{}'
 
 
 def follow(
-  scheduler: Scheduler, inbox: TurnInbox, score: Callable[[Sequence[PromptToScore]], list[Any]]
+  scheduler: Scheduler, inbox: StepInbox, score: Callable[[Sequence[PromptToScore]], list[Any]]
 ) -> None:
-  """Repeat the turns of process 0 in this process, until process 0 ends.
+  """Repeat the steps of process 0 in this process, until process 0 ends.
 
-  The first SIGTERM has no effect here: process 0 drains, and then ends all processes. A second
-  SIGTERM ends this process at once.
+  The first SIGTERM to this process has no effect, because process 0 drains and then ends all
+  processes. A second SIGTERM ends this process at once.
 
   Args:
     scheduler: The scheduler of this process.
-    inbox: Its inbox.
+    inbox: The scheduler's inbox.
     score: Function that scores prompts, as in Driver.
   """
-  asked = False
+  signalled = False
 
   def handle_exit(sig: int, frame: FrameType | None) -> None:
-    nonlocal asked
+    nonlocal signalled
     del frame
-    if asked:
+    if signalled:
       os._exit(128 + sig)
-    asked = True
+    signalled = True
 
   for each in (signal.SIGTERM, signal.SIGINT):
     signal.signal(each, handle_exit)
-  show_life()
+  start_heartbeat()
   while True:
-    prompts = inbox.begin_turn()
+    prompts = inbox.begin_step()
     if inbox.closed:
       return
     if prompts:
@@ -55,7 +55,7 @@ def follow(
     scheduler.step()
 
 
-def show_life() -> None:
+def start_heartbeat() -> None:
   """Start a thread that sends heartbeats of this process."""
   client: Any = jax_distributed.global_state.client
   key = _KEY.format(jax.process_index())
@@ -74,9 +74,9 @@ def show_life() -> None:
 
 
 def watch_others(lost: Callable[[str], None]) -> None:
-  """Call `lost` with a sentence once another process sends no more heartbeats.
+  """Start a thread that calls `lost(text)` when another process stops sending heartbeats.
 
-  Called in process 0; starts a thread.
+  To be called in process 0.
   """
   client: Any = jax_distributed.global_state.client
   others = range(1, jax.process_count())

@@ -1,4 +1,4 @@
-"""Rates of events, measured over the last seconds."""
+"""Measure the rate of events over the last seconds."""
 
 import collections
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The receipt of an HTTP request's answer, for requests that ask for one."""
+"""Receipts of HTTP requests, for requests that want one."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from t5x_inference_ext.engine.request import Request, Sample
 from t5x_inference_ext.server.api_errors import invalid
 
-# Makes the receipt of a request, its samples, and the seconds from its arrival to its end.
+# Function that makes a receipt from a request, its samples, and the seconds from arrival to end.
 MakeReceipt = Callable[[Request, Sequence[Sample], float], dict[str, Any]]
 
 

@@ -13,7 +13,7 @@ _MOST = 10_000  # maximum number of lines waiting to be written; more are droppe
 
 
 class _Lossy(logging.handlers.QueueHandler):
-  """Drops lines if the queue is full, so that requests never wait for the log."""
+  """A queue handler that drops lines if the queue is full: requests never wait for the log."""
 
   def enqueue(self, record: logging.LogRecord) -> None:
     with contextlib.suppress(queue.Full):

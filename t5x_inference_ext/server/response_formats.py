@@ -18,7 +18,7 @@ _OF_SCHEMAS = {'name', 'description', 'strict', 'schema'}
 
 
 def grammar_of(value: Mapping[str, Any] | None) -> Grammar | None:
-  """Return the grammar that a `response_format` asks for; None: any text.
+  """Return the grammar of a `response_format`; None if any text is allowed.
 
   Raises:
     ApiError: The value has none of the allowed forms, or its grammar is malformed.

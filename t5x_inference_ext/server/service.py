@@ -18,7 +18,7 @@ from t5x_inference_ext.server.token_text import TokenTexts
 from t5x_inference_ext.server.translation import Translator
 from t5x_inference_ext.sharding.mesh import mesh_text
 
-DRAIN_RETRY = 10  # seconds after which a draining server asks clients to retry, elsewhere
+DRAIN_RETRY = 10  # Retry-After of a draining server, in seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +77,13 @@ class Service:
 
   @property
   def max_top(self) -> int:
-    """Maximum number of most likely tokens that a request can ask for."""
+    """Maximum number of most likely tokens that a request can get."""
     return self.scheduler.config.top_log_probs
 
   def check_open(self) -> None:
     """Raise ApiError if the server accepts no new work."""
     if self.draining:
-      raise unavailable('the server is shutting down: ask another one', 'draining', DRAIN_RETRY)
+      raise unavailable('the server is shutting down: try another one', 'draining', DRAIN_RETRY)
     if self.driver.error is not None:
       raise unavailable(f'the engine has stopped: {self.driver.error}', 'engine_dead')
 

@@ -48,7 +48,7 @@ class EventStream:
     self._samples: list[Sample] = []  # the prompt's samples, for its receipt
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send the events. After the first, an error is an event, since the status was already sent."""
+    """Send the events. Errors after the first event are events too: the status was already sent."""
     with self._stack:
       record = scope['state']['record']
       try:
@@ -63,11 +63,11 @@ class EventStream:
         await _send(send, b'data: [DONE]\n\n', more=False)
 
   async def _send_all(self, send: Send) -> None:
-    usage_field = {'usage': None} if self._body.tells_usage else {}
+    usage_field = {'usage': None} if self._body.includes_usage else {}
     async for chunks in self._chunks():
       if chunks:
         await _send(send, b''.join(event_line({**chunk, **usage_field}) for chunk in chunks))
-    if self._body.tells_usage:
+    if self._body.includes_usage:
       counts = usage(self._answer.prompt_tokens, self._answer.new_tokens)
       await _send(send, event_line(self._form.chunk(usage=counts)))
     if self._answer.receipt is not None:

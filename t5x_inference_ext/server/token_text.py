@@ -14,7 +14,7 @@ class TokenTexts:
   """The texts of single tokens.
 
   Args:
-    vocabulary: The vocabulary; None: token ids stand for the texts.
+    vocabulary: The vocabulary; None: ids are used as texts.
   """
 
   def __init__(self, vocabulary: Vocabulary | None) -> None:
@@ -23,13 +23,13 @@ class TokenTexts:
     self.text = functools.lru_cache(2**16)(self._text)
 
   def _data(self, token: int) -> bytes:
-    """Return the bytes of a token; for a special token, those of its name."""
+    """Return the bytes of a token; the name's bytes for a special token."""
     if self._vocabulary is None:
       return b'token_id:%d' % token
     return self._vocabulary.piece(token, special=True)
 
   def _text(self, token: int) -> str:
-    r"""Return the text of a token; 'bytes:\xe2\x82' for one that holds part of a character."""
+    r"""Return the text of a token; 'bytes:\xe2\x82' for a token with only part of a character."""
     data = self.data(token)
     try:
       return data.decode()
@@ -48,7 +48,7 @@ class TokenTexts:
 
     Args:
       tokens: Token ids.
-      log_probs: Log-probability of each token; None if it has none.
+      log_probs: Log-probability of each token, or None.
       top: The most likely tokens at each position.
       offset: Character offset of the first token in the answer's text.
       wanted: Number of most likely tokens that were requested.

@@ -42,7 +42,7 @@ class Translator:
 
   @property
   def bos(self) -> tuple[int, ...]:
-    """The tokens that are put in front of a prompt: BOS, or none."""
+    """The ids in front of every prompt: [BOS] or []."""
     return self.settings.front
 
   def prompt_ids(self, prompt: str | Sequence[int], param: str = 'prompt') -> list[int]:
@@ -99,7 +99,7 @@ class Translator:
     except (RequestError, CheckpointError) as error:
       raise invalid(str(error), 'messages', 'chat_template_failed') from None
     ids = self.prompt_ids(text, 'messages')
-    # A template's text includes BOS, unless BOS has no text.
+    # The template writes BOS as text, unless BOS has no text.
     return (*(() if bos is None or self._name(bos) else (bos,)), *ids)
 
   def _name(self, token: int) -> str:

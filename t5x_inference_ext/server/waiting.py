@@ -1,4 +1,4 @@
-"""Work that stops when its client disconnects or its time limit passes."""
+"""Run work that is cancelled when its client disconnects or its time limit passes."""
 
 import asyncio
 from collections.abc import Coroutine

@@ -1,1 +1,1 @@
-"""Layouts, and what follows from them: meshes, shards, and the bytes that move."""
+"""Layouts, meshes, shards, and the bytes that collectives send."""

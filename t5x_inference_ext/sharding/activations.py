@@ -52,12 +52,12 @@ class ActivationSharding:
     residual_dim: The dimension of the residual stream [B, T, E] that the hidden axes split. None:
       they split none, so that every device along them has the same part of the stream.
     mlp_dim: The dimension of the MLP's columns [B, T, F] that the embed axes split.
-    attention_rows: Axes that split the rows of attention and of the KV cache: `rows`, then others.
+    attention_rows: Axes that split rows in attention and the KV cache: `rows`, then others.
     attention_heads: Axes that split the heads of attention.
-    attention_positions: Axes that split the positions of queries: `positions`, then others. They
-      include hidden axes if a shard's columns hold parts of heads.
-    joined: Hidden axes over which the queries' columns are gathered, because too few positions are
-      left to split. All devices along these axes compute the same attention.
+    attention_positions: Axes that split the positions of queries: those of `positions`, then
+      others. Hidden axes are among the others if a shard's columns hold parts of heads.
+    joined: Hidden axes along which query columns are gathered instead, because there are too few
+      positions to split. All devices along these axes compute equal attention.
     heads: The heads on each device.
   """
 
@@ -105,11 +105,11 @@ class ActivationSharding:
     """The sharding of one layer's keys or values [B, S, K, Q]."""
     return P(*(self.axes[axis] or None for axis in ACTIVATION_AXES['cache']))
 
-  def sums_into(self, block_part: BlockPart) -> int | None:
-    """Return the dimension of tokens [B, T] that one reduce-scatter splits for all columns.
+  def reduce_scatter_dim(self, block_part: BlockPart) -> int | None:
+    """Return the dimension of tokens [B, T] into which all columns of a part are reduce-scattered.
 
-    That collective then sums the columns of a whole block part over the embed axes. Return None if
-    MLP and attention split different dimensions or features, or without such axes.
+    One collective then sums all columns of the block part over the embed axes. Return None if there
+    are no such axes, or if MLP and attention split different dimensions or split features.
     """
     embed = set(self.layout.embed_axes)
     dims = [self.mlp_dim] if block_part.mlp else []
@@ -149,8 +149,8 @@ def shard_activations(
     mesh: Axis name -> size.
     batch: B, rows.
     length: T, positions of each row, as rounded up by padded_length; 1 for a decode step.
-    cached: Whether the positions follow others in a KV cache, which is then split as for decode
-      steps of the same layout.
+    cached: Whether the KV cache already holds earlier positions. It is then split as for decode
+      steps of this layout.
 
   Raises:
     MeshError: The tokens do not divide over the axes that weights are gathered over.
@@ -182,9 +182,9 @@ def _shard_activations(
   head_axes = tuple(a for a in hidden if a not in more_rows + whole)
   attention_positions, cut = positions, 1
   if embed and embed[0] not in more_rows:
-    # Partial sums over x are reduce-scattered to positions, as for the MLP. If the layout asks for
-    # heads, or x does not divide the positions, they are reduce-scattered to padded heads, provided
-    # that padding is less than half. Otherwise (one token, few heads) they are all-reduced.
+    # Partial sums over x are reduce-scattered to positions, as for the MLP. If the layout splits
+    # attention by heads, or x does not divide the positions, they are reduce-scattered to padded
+    # heads, if less than half is padding. Otherwise (one token, few heads) they are all-reduced.
     parts = num_shards(embed, mesh)
     positions_divide = (1 if cached else length) % parts == 0
     enough_heads = head_axes == hidden and 2 * stored.local_heads > parts
@@ -215,7 +215,7 @@ def _shard_activations(
 def padded_length(layout: Layout, mesh: Mapping[str, int], batch: int, length: int) -> int:
   """Return the smallest length, at least `length`, that shard_activations accepts.
 
-  Padding is on the right of each row, where no token attends to it.
+  Padding is added on the right of each row, where no token attends to it.
   """
   multiple = num_shards(token_axes(layout, batch, mesh)[1], mesh)
   return -(-length // multiple) * multiple
@@ -227,11 +227,11 @@ def sampling_axes(layout: Layout, batch: int, mesh: Mapping[str, int]) -> Axes:
 
 
 def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
-  """Round a batch size up so that decode steps split the rows over every mesh axis they can use.
+  """Round a batch size up, so that decode splits rows over all axes that the layout allows.
 
   On 2x2x2, 3 rows become 4, 5 become 8 and 9 become 16: a few padding rows cost less than rows that
-  several devices compute redundantly. If decode splits only heads, any batch size will do. With
-  gathered weights, the batch is a multiple of the devices that weights are gathered over.
+  several devices compute redundantly. If decode splits only heads, the batch size is not changed.
+  With gathered weights, the batch is a multiple of the devices that weights are gathered over.
   """
   gathered = num_shards(decode.gathered_axes, mesh)
   candidates: list[Axes] = [()]
@@ -246,7 +246,7 @@ def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
 
 
 def _whole_head_axes(stored: HeadSplit, hidden: Axes, taken: Axes, mesh: Mapping[str, int]) -> Axes:
-  """Return the hidden axes to join, so that the devices along them together hold whole heads.
+  """Return the hidden axes to gather along, so that each group of devices holds whole heads.
 
   Args:
     stored: Heads that each shard of the weights holds.
@@ -255,7 +255,7 @@ def _whole_head_axes(stored: HeadSplit, hidden: Axes, taken: Axes, mesh: Mapping
     mesh: Axis name -> size.
 
   Returns:
-    The fewest axes that suffice, from those not in `taken`, fastest axes first.
+    The smallest sufficient set of axes not in `taken`, chosen from the fastest axis on.
   """
   local = stored.shards // num_shards(hidden, mesh)
   local *= num_shards(tuple(a for a in hidden if a in taken), mesh)

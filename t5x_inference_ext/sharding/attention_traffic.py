@@ -1,4 +1,4 @@
-"""Attention's part of a layer's traffic: resharding of projection columns, and back (section 3.3).
+"""Attention's traffic in a layer: resharding of projection columns, and back (section 3.3).
 
 This module counts the collectives of model/attention_columns.py. Notation as in traffic.py.
 """
@@ -22,42 +22,46 @@ def to_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Co
   query = block * query_columns(p.config, heads.stored)
   kv, kv_padded = (block * width for width in kv_columns(p.config, heads.stored))
   together, split = 'query, keys and values', _embed_split(sharding)
-  moves: list[Collective] = []
+  collectives: list[Collective] = []
   if split == 'heads':
     # Query heads are padded to divide over the embed axes; so are key heads, unless several devices
     # share one.
     cut = heads.cut
     query = p.tokens * cut.padded_groups * cut.padded_queries * d_head
-    moves += p.activations('query', 'reduce_scatter', embed, query)
+    collectives += p.activations('query', 'reduce_scatter', embed, query)
     if not heads.multiquery and cut.copies == 1:
       count = 2 * p.tokens * cut.padded_groups * d_head
-      moves += p.activations('keys and values', 'reduce_scatter', embed, count)
+      collectives += p.activations('keys and values', 'reduce_scatter', embed, count)
     else:
-      moves += p.activations('keys and values', 'all_reduce', embed, kv)
+      collectives += p.activations('keys and values', 'all_reduce', embed, kv)
     query //= p.size(embed)
     kv = kv if heads.multiquery else 2 * p.tokens * cut.local_groups * d_head
   elif split is None:
-    moves += p.activations(together, 'all_reduce', embed, query + kv_padded)
+    collectives += p.activations(together, 'all_reduce', embed, query + kv_padded)
   else:
     if not summed:
-      moves += p.activations(together, 'reduce_scatter', embed, query + kv_padded)
+      collectives += p.activations(together, 'reduce_scatter', embed, query + kv_padded)
     query, kv, kv_padded = (count // p.size(embed) for count in (query, kv, kv_padded))
   if split != 'heads' and rows == layout.hidden_axes:
-    moves += p.activations(together, 'all_to_all', rows, query + kv_padded)
+    collectives += p.activations(together, 'all_to_all', rows, query + kv_padded)
   else:
-    moves += p.activations('query', 'all_to_all', rows, query)
-    moves += p.activations('keys and values', 'all_to_all', rows, kv)
-  moves += p.activations('query', 'all_to_all', sharding.hidden_positions, query)
-  moves += p.activations('query', 'all_gather', sharding.joined, query * p.size(sharding.joined))
+    collectives += p.activations('query', 'all_to_all', rows, query)
+    collectives += p.activations('keys and values', 'all_to_all', rows, kv)
+  collectives += p.activations('query', 'all_to_all', sharding.hidden_positions, query)
+  collectives += p.activations(
+    'query', 'all_gather', sharding.joined, query * p.size(sharding.joined)
+  )
   if heads.multiquery:
     other = tuple(a for a in layout.hidden_axes if a not in rows)
     kv *= p.size(other)
-    moves += p.activations('keys and values', 'all_gather', other, kv)
+    collectives += p.activations('keys and values', 'all_gather', other, kv)
   elif split != 'heads':
     kv //= heads.stride  # one copy of a key head that blocks share
   # Every query needs all keys. Over hidden axes, the keys were gathered above.
   positions = tuple(a for a in sharding.attention_positions if a not in sharding.hidden_positions)
-  return moves + p.activations('keys and values', 'all_gather', positions, kv * p.size(positions))
+  return collectives + p.activations(
+    'keys and values', 'all_gather', positions, kv * p.size(positions)
+  )
 
 
 def from_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Collective]:
@@ -71,11 +75,11 @@ def from_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[
   if split == 'heads':
     columns = p.tokens * heads.cut.padded_groups * heads.cut.padded_queries * p.config.d_head
   local = columns // p.size(layout.embed_axes) if split else columns
-  moves = p.activations('attention', 'all_to_all', sharding.hidden_positions, local)
-  moves += p.activations('attention', 'all_to_all', sharding.hidden_rows, local)
+  collectives = p.activations('attention', 'all_to_all', sharding.hidden_positions, local)
+  collectives += p.activations('attention', 'all_to_all', sharding.hidden_rows, local)
   if split and not summed:
-    moves += p.activations('attention', 'all_gather', layout.embed_axes, columns)
-  return moves
+    collectives += p.activations('attention', 'all_gather', layout.embed_axes, columns)
+  return collectives
 
 
 def head_norms(p: Pass, sharding: ActivationSharding, batch: int, length: int) -> list[Collective]:
@@ -86,7 +90,9 @@ def head_norms(p: Pass, sharding: ActivationSharding, batch: int, length: int) -
   queries = length // p.size(sharding.attention_positions)
   keys = 0 if sharding.heads.multiquery else length  # every device has the only key head
   tokens = batch // p.size(sharding.attention_rows) * (queries + keys)
-  return moments * p.move('head norms', 'all_reduce', sharding.attention_heads, tokens, FLOAT32)
+  return moments * p.collective(
+    'head norms', 'all_reduce', sharding.attention_heads, tokens, FLOAT32
+  )
 
 
 def _embed_split(sharding: ActivationSharding) -> str | None:

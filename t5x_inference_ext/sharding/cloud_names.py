@@ -1,4 +1,4 @@
-"""The cloud's names of TPU slices: v4-128 is v4:4x4x4.
+"""Google Cloud's names of TPU slices: v4-128 is v4:4x4x4.
 
 cloud.google.com/tpu/docs/v4, v5p, v5e, v6e, supported-tpu-configurations: the number after the dash
 counts TensorCores. A chip of v4 or v5p has two, one of v5e or v6e has one.
@@ -8,7 +8,8 @@ import re
 
 from t5x_inference_ext.errors import MeshError
 
-# Name -> (generation, number for each chip). GKE and many people write v5e for v5litepod.
+# Name -> (generation, what the name's number counts per chip). GKE and many people write v5e for
+# v5litepod.
 _NAMES = {
   'v4': ('v4', 2),
   'v5p': ('v5p', 2),
@@ -16,7 +17,7 @@ _NAMES = {
   'v5e': ('v5e', 1),
   'v6e': ('v6e', 1),
 }
-# Chips -> the shape that the cloud gives a slice of which only the size is asked for.
+# Number of chips -> shape of the slice that the cloud creates for that number.
 _SHAPES_3D = {
   4: (2, 2, 1),
   8: (2, 2, 2),

@@ -24,8 +24,8 @@ class Collective:
     shards: K, the number of devices along these axes.
     bytes: Bytes on one device of the larger of input and output: the output of an all-gather, the
       input of a reduce-scatter; of an all-reduce or all-to-all, both are equal.
-    directions: 0 for a plain collective. 1 or 2 for a ring of K - 1 steps, each of which sends
-      bytes / K to the neighbours in one or two collective-permutes (section 3.5).
+    directions: 0: a plain collective. 1 or 2: a ring of K - 1 steps; each step sends bytes / K,
+      split over one or two directions, by collective-permutes (section 3.5).
   """
 
   name: str
@@ -85,10 +85,10 @@ class Pass:
     """B T / N, tokens on one device, where weights are gathered over N devices."""
     return self.total // self.size(self.layout.gathered_axes)
 
-  def move(
+  def collective(
     self, name: str, kind: str, axes: Axes, count: int, width: int, looped: bool = False
   ) -> list[Collective]:
-    """Return a list of this one collective, or an empty list if the axes have only one device.
+    """Return a list with this collective; an empty list if the axes have only one device.
 
     Args:
       name: The array that moves.
@@ -96,7 +96,7 @@ class Pass:
       axes: Mesh axes. They may have size 1.
       count: Elements of the array, counted as for Collective.bytes.
       width: Bytes of an element.
-      looped: Whether layouts with looped collectives run this one as a ring.
+      looped: Whether a layout with looped collectives runs this collective as a ring.
     """
     axes = tuple(a for a in axes if self.mesh[a] > 1)
     if not axes:
@@ -107,8 +107,8 @@ class Pass:
   def activations(
     self, name: str, kind: str, axes: Axes, count: int, looped: bool = False
   ) -> list[Collective]:
-    """Return the collective of `count` activation elements, in a list; see move."""
-    return self.move(name, kind, axes, count, self.activation, looped)
+    """Return the collective of `count` activation elements, in a list; see `collective`."""
+    return self.collective(name, kind, axes, count, self.activation, looped)
 
   def size(self, axes: Axes) -> int:
     """Return the number of devices along the axes."""

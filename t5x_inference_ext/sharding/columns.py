@@ -48,7 +48,7 @@ class PackedPart:
 
   @property
   def copies(self) -> int:
-    """Columns of `total` that repeat other columns, because several shards share a key head."""
+    """Columns of `total` that are repeated, because several shards share a key head."""
     return self._filled - sum(self.sizes)
 
   @property
@@ -72,7 +72,7 @@ def input_parts(config: ModelConfig, block_part: BlockPart, shards: int) -> tupl
     split, width = stored_heads(config, shards), config.num_kv_heads * config.d_head
     parts.append(_queries('query', config, split))
     if config.num_kv_heads == 1:
-      # All shards split the columns of the single key head, and gather them for use.
+      # The single key head's columns are split over all shards, which gather them before use.
       used, padded = kv_columns(config, split)
       parts.append(_even(('key', 'value'), (width, width), shards, used, padded))
     else:
@@ -109,7 +109,7 @@ def positions_part(config: ModelConfig, shards: int) -> PackedPart:
 
 
 def column_widths(config: ModelConfig, block_part: BlockPart, shards: int) -> dict[str, int]:
-  """Return reader -> number of a shard's input-matrix columns, in order.
+  """Return consumer -> number of a shard's input-matrix columns, in order.
 
   The keys are the MLP's inputs ('gate', 'linear') and 'attention': queries, then keys and values.
   The arguments are those of input_parts.
@@ -129,9 +129,9 @@ def row_widths(config: ModelConfig, block_part: BlockPart, shards: int) -> dict[
 def _even(
   names: tuple[str, ...], sizes: tuple[int, ...], shards: int, share: int = 0, width: int = 0
 ) -> PackedPart:
-  """Cut concatenated tensors into equal shares, by default as small as possible.
+  """Cut concatenated tensors into shares of equal width, by default as small as possible.
 
-  If the shares do not come out even, the last shards have less, or nothing.
+  If the columns can't be divided evenly, the last shards have fewer, or none.
   """
   total = sum(sizes)
   share = share or -(-total // shards)

@@ -94,14 +94,14 @@ class ExplainedPhase:
     sharding: The layout, resolved for these rows and positions.
     length: T, padding included.
     tensors: Activations, keys and values, logits.
-    moves: The collectives of one layer.
+    collectives: The collectives of one layer.
   """
 
   name: str
   sharding: ActivationSharding
   length: int
   tensors: tuple[ExplainedTensor, ...]
-  moves: tuple[Collective, ...]
+  collectives: tuple[Collective, ...]
 
   def tensor(self, name: str) -> ExplainedTensor:
     """Return the tensor with a given name."""
@@ -110,12 +110,12 @@ class ExplainedPhase:
   @property
   def gathered(self) -> int:
     """Bytes of the largest gathered matrix on each device; 0 if no matrix is gathered whole."""
-    return max((m.bytes for m in self.moves if m.name.startswith('weights: ')), default=0)
+    return max((m.bytes for m in self.collectives if m.name.startswith('weights: ')), default=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-  """A run's settings with the tensors and collectives that follow from them.
+  """A run's settings, with the resulting tensors and collectives.
 
   Attributes:
     setting: The run's settings.
@@ -202,10 +202,10 @@ def _phase(s: ExplainSetting, name: str, layout: Layout, length: int) -> Explain
   logits_axes = ('sampled_rows', 'whole_vocab')
   tensors.append(_tensor(s, split, 'logits', logits_axes, (rows, c.vocab_size), 'float32'))
   itemsize = jnp.dtype(s.dtype).itemsize
-  moves = traffic.layer_moves(
+  collectives = traffic.layer_collectives(
     c, sharding, s.mesh, rows, length, itemsize, 1 if s.int8 else itemsize
   )
-  return ExplainedPhase(name, sharding, length, tuple(tensors), tuple(moves))
+  return ExplainedPhase(name, sharding, length, tuple(tensors), tuple(collectives))
 
 
 def _tensor(

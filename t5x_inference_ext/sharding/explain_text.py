@@ -63,7 +63,7 @@ def explain(setting: ExplainSetting, mesh: Mesh | None = None) -> str:
       lines.append(f'  {name}, each device: [{" | ".join(map(_part, parts))}]')
   for phase in e.phases:
     lines += ['', _phase_title(phase), *_table(phase.tensors, setting)]
-    lines += _wrap(f'  {_attention(phase, setting)}') + _wrap(f'  {_moves(phase)}')
+    lines += _wrap(f'  {_attention(phase, setting)}') + _wrap(f'  {_collectives(phase)}')
   weights, cache = e.weight_bytes, e.cache_bytes
   held = f'weights {binary_bytes(weights)} + cache {binary_bytes(cache)}'
   lines += ['', f'each device: {held} = {binary_bytes(weights + cache)}']
@@ -160,13 +160,13 @@ def _attention(phase: ExplainedPhase, s: ExplainSetting) -> str:
   return f'attention, each device: {"; ".join(text)}'
 
 
-def _moves(phase: ExplainedPhase) -> str:
+def _collectives(phase: ExplainedPhase) -> str:
   """Return the bytes that a device sends in one layer, for each collective."""
   items = [
     f'{m.name} {m.kind.replace("_", "-")}({"".join(m.axes)}) {binary_bytes(round(m.moved))}'
-    for m in phase.moves
+    for m in phase.collectives
   ]
-  total = binary_bytes(round(sum(m.moved for m in phase.moves)))
+  total = binary_bytes(round(sum(m.moved for m in phase.collectives)))
   return f'a layer sends {total} from each device' + (f': {"; ".join(items)}' if items else '')
 
 

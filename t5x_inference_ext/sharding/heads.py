@@ -1,4 +1,4 @@
-"""Attention heads over equal shards, padded if they do not divide.
+"""Division of attention heads over equal shards, with padding if necessary.
 
 The paper pads 48 heads to 64 (section 4). A key head with the query heads that it serves is a
 *group*. Shards take whole groups if there are enough. Otherwise several shards share a group, and
@@ -17,17 +17,17 @@ from t5x_inference_ext.hardware import LANES
 
 @dataclasses.dataclass(frozen=True)
 class HeadSplit:
-  """The heads that each of `shards` equal shards holds.
+  """The division of heads over `shards` equal shards.
 
   Attributes:
     groups: Number of groups, which is the number of key heads.
     queries: Query heads in each group.
     shards: Number of shards.
-    local_groups: Groups of a shard; 1 if it has only a part of a group.
+    local_groups: Groups on a shard; 1 if a shard has only a part of a group.
     local_queries: A shard's query heads in each of its groups, padding included.
     copies: Number of shards that share one group.
-    pieces: Number of consecutive shards that split the columns of `local_heads` heads evenly; 1 if
-      each shard has whole heads.
+    pieces: Number of consecutive shards that share the columns of `local_heads` heads, in equal
+      shares; 1 if each shard has whole heads.
   """
 
   groups: int
@@ -63,7 +63,7 @@ class HeadSplit:
     return self.local_queries * self.copies
 
   def query_range(self, shard: int) -> tuple[int, int]:
-    """Return the range [start, stop) of a shard's query heads; then padding up to local_heads."""
+    """Return the range [start, stop) of a shard's query heads, which padding follows."""
     first_group, part = shard // self.copies * self.local_groups, shard % self.copies
     start = first_group * self.queries + part * self.local_queries
     stop = start + self.local_heads
@@ -80,11 +80,11 @@ class HeadSplit:
 
 
 def stored_heads(config: ModelConfig, shards: int) -> HeadSplit:
-  """Return how the stored weights divide a model's heads over the shards of the hidden axes.
+  """Return the division of heads over the shards of the hidden axes, as weights are stored.
 
-  With a single key head, query heads that would need padding are cut evenly over a few shards, if
-  each shard then has whole tiles of LANES columns. For example, 48 heads of 256 over 32 shards are
-  3 heads over every 2 shards, 384 columns on each.
+  With a single key head, query heads are cut to avoid padding: a few shards share the columns of a
+  few heads, if each shard then has whole tiles of LANES columns. For example, 48 heads of 256 over
+  32 shards: every 2 shards share 3 heads, 384 columns on each.
   """
   split = HeadSplit.of(config.num_kv_heads, config.num_heads // config.num_kv_heads, shards)
   padded = split.local_heads * shards > config.num_heads
@@ -137,10 +137,10 @@ class AttentionHeads:
 
   Attributes:
     stored: The heads on each shard of the weights.
-    blocks: Number of consecutive shards of `stored` whose heads are on the device: above 1 if
-      weights or rows were gathered.
-    shards: Number of parts that each block is cut into by heads when partial sums are reduced; 1 if
-      it is not cut.
+    blocks: Number of consecutive shards of `stored` whose heads are on the device; above 1 after a
+      gather of weights or rows.
+    shards: Number of parts, by heads, into which the reduce-scatter of partial sums cuts each
+      block; 1 if it does not cut.
     multiquery: Whether there is a single key head, whose columns all shards share and gather.
   """
 
@@ -168,7 +168,7 @@ class AttentionHeads:
 
   @property
   def heads(self) -> int:
-    """Number of query heads on the device, padding included; neighbours share a key head."""
+    """Number of query heads on the device, padding included. Consecutive heads share a key head."""
     if self.shards > 1:
       return self.cut.local_heads
     return self.blocks * self.stored.local_heads // self.stored.pieces
@@ -193,16 +193,16 @@ class AttentionHeads:
   def queries(self) -> tuple[int | None, ...]:
     """Return, for each query head on all devices, its index in the model; None for padding.
 
-    The devices are those along the axes that split attention's heads.
+    "All devices" are those along the axes that split attention's heads.
     """
     stored, cut = self.stored, self.cut
-    if stored.pieces > 1:  # shards that join their columns have whole heads, without padding
+    if stored.pieces > 1:  # after joining their columns, shards have whole heads, without padding
       return tuple(range(stored.groups * stored.queries))
     heads: list[int | None] = []
     for block in range(stored.shards):
       start, stop = stored.query_range(block)
       local = [start + i if start + i < stop else None for i in range(stored.local_heads)]
-      if self.shards > 1:  # groups, and the queries of each group, are padded to divide
+      if self.shards > 1:  # pad the queries of each group, and the groups, to divide over shards
         per_group, padding = stored.local_queries, cut.padded_queries - stored.local_queries
         groups = [local[i : i + per_group] for i in range(0, len(local), per_group)]
         groups += [[None] * per_group] * (cut.padded_groups - len(groups))

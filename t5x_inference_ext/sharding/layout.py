@@ -5,7 +5,7 @@ attention, and multiplies the result by an output matrix [F, E]. Here F stands f
 and for heads. In the paper's notation (section 3.1) a subscript names the mesh axes that split a
 dimension: `E_xF_zy` is [E/X, F/(Z Y)] on each device.
 
-A layout says three things:
+A layout decides three things:
 
   - How weights are stored: `E_xF_zy`, split in two dimensions, or with ws_1d `EF_xzy`, split in
     one. See `stored_embed` and `stored_hidden`.
@@ -33,8 +33,8 @@ from t5x_inference_ext.sharding.mesh import AXES
 
 Axes = tuple[str, ...]
 
-# If several mesh axes split one dimension, this is their order, slowest first. y is last, so that a
-# device that has gathered over y (wg_xy) holds consecutive columns.
+# Order, slowest first, of mesh axes that split one dimension together. y is the fastest, so that
+# after a gather over y (wg_xy) a device holds consecutive columns.
 ORDER = ('x', 'z', 'y')
 
 # Feedforward layout -> the axes that its weights are gathered over (section 3.2).
@@ -123,8 +123,8 @@ class Layout:
   def weight_axes(self) -> dict[str, Axes]:
     """The mesh axes that split each logical axis of a weight (params.py).
 
-    The embedding [V, E] is split so that neither the lookup nor the logits move weights. Vectors
-    are small and replicated on every device; each device reads its part.
+    The embedding [V, E] is split so that neither the lookup nor the logits need weights of other
+    devices. Vectors are small: they are replicated on every device, and each device reads its part.
     """
     return {
       params.LAYERS_AXIS: (),
@@ -182,7 +182,7 @@ def shape_text(mesh: Mapping[str, int]) -> str:
 
 
 def check_pair(prefill: Layout, decode: Layout) -> None:
-  """Check that the layouts of two phases can share one set of weights on the devices.
+  """Check that the layouts of two phases can share one copy of the weights.
 
   Raises:
     MeshError: The two layouts store weights differently.

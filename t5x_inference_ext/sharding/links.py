@@ -1,7 +1,7 @@
 """The torus links that a collective over some mesh axes uses.
 
-A collective uses, at the same time, all physical axes along which its chips differ. Groups of chips
-that use the same links share the bandwidth.
+A collective uses all physical axes along which its chips differ, at the same time. If several
+groups of chips use the same links, they share the bandwidth.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from t5x_inference_ext.sharding.mesh import AXES, MeshShape
 
 @dataclasses.dataclass(frozen=True)
 class LinkPath:
-  """The links along one physical axis, for each group of chips that a collective joins.
+  """The links along one physical axis that each group of chips in a collective uses.
 
   Attributes:
     chips: Chips of a group along the axis.
@@ -34,19 +34,19 @@ class LinkPath:
 
   @property
   def links(self) -> float:
-    """Effective number of links into a chip: two in a ring or one in a chain, divided by `load`."""
+    """Number of links into a chip (two in a ring, one in a chain), divided by `load`."""
     return (2 if self.ring else 1) / self.load
 
   @property
   def hops(self) -> int:
-    """Number of links to the farthest chip of a group; around a ring, data travels both ways."""
+    """Number of links to the farthest chip of a group. In a ring data travels both ways."""
     return (self.chips // 2 if self.ring else self.chips - 1) * self.step
 
   @property
   def exchange(self) -> float:
     """Bytes through the busiest link in an all-to-all, per byte of a chip's array.
 
-    The busiest link is in the middle of the axis, which half of all bytes cross.
+    The busiest link is in the middle (bisection), which half of all bytes cross.
     """
     return self.chips * self.load / (8 if self.ring else 4)
 
@@ -69,7 +69,7 @@ def group_paths(groups: np.ndarray, wraps: Sequence[bool]) -> tuple[LinkPath, ..
   """Return the paths of a collective, one for each physical axis that its groups extend along.
 
   Args:
-    groups: [the slice's shape] int. For each chip of the slice, the number of its group.
+    groups: [the slice's shape] int. The number of each chip's group.
     wraps: For each physical axis, whether its ends are linked.
   """
   found = []
@@ -86,38 +86,38 @@ def group_paths(groups: np.ndarray, wraps: Sequence[bool]) -> tuple[LinkPath, ..
       found.append(path)
   size = int(np.unique(groups, return_counts=True)[1].max())
   if math.prod(path.chips for path in found) != size:
-    # If a mesh axis winds through several physical axes, it has one link in each direction.
+    # A mesh axis that winds through several physical axes has one link in each direction.
     return (LinkPath(size, all(path.ring for path in found)),)
   return tuple(found)
 
 
 def collective_seconds(
-  move: Collective, found: Sequence[LinkPath], link_bandwidth: float, hop_latency: float
+  collective: Collective, found: Sequence[LinkPath], link_bandwidth: float, hop_latency: float
 ) -> float:
   """Return the time in seconds of a collective on its paths, with no other traffic on the links.
 
-  This is the one link model: the planner's costs, the compiled programs' estimate and (by bytes
-  alone) the choice of a mesh use it.
+  The planner's costs, the estimate for compiled programs and the choice of a mesh (which counts
+  only bytes) all use this link model.
 
   Args:
-    move: The collective.
+    collective: The collective.
     found: Its paths.
     link_bandwidth: Bytes per second over one link in one direction.
     hop_latency: Seconds from a chip to the next. An all-reduce passes all hops twice.
   """
-  passes = 2 if move.kind == 'all_reduce' else 1
+  passes = 2 if collective.kind == 'all_reduce' else 1
   latency = passes * sum(path.hops for path in found) * hop_latency
-  return bytes_through_a_link(move, found) / link_bandwidth + latency
+  return bytes_through_a_link(collective, found) / link_bandwidth + latency
 
 
-def bytes_through_a_link(move: Collective, found: Sequence[LinkPath]) -> float:
+def bytes_through_a_link(collective: Collective, found: Sequence[LinkPath]) -> float:
   """Return the bytes that the busiest link carries during a collective on these paths.
 
   The latency of hops is not included.
   """
-  if move.kind == 'all_to_all':
-    return max(path.exchange for path in found) * move.bytes
-  return move.moved / sum(path.links for path in found)
+  if collective.kind == 'all_to_all':
+    return max(path.exchange for path in found) * collective.bytes
+  return collective.moved / sum(path.links for path in found)
 
 
 @functools.lru_cache(maxsize=256)
@@ -145,14 +145,15 @@ def _paths(
 
 
 def _renumbered(lines: np.ndarray) -> np.ndarray:
-  """Renumber each line's groups in order of their first chips, so that similar lines are equal."""
+  """Renumber the groups on each line in the order of their first chips, to find equal lines."""
   return (lines[:, :, None] == lines[:, None, :]).argmax(axis=-1)
 
 
 def _line_path(line: np.ndarray, wrap: bool) -> LinkPath:
   """Return the path of the groups on one line of chips.
 
-  A group's path goes from chip to chip and leaves out the longest gap between two chips.
+  The path of a group visits its chips along the line. Around a ring, it leaves out the longest gap
+  between two chips.
   """
   size, groups = len(line), set(line.tolist())
   if len(groups) == 1:

@@ -16,7 +16,7 @@ from t5x_inference_ext.sharding.activations import shard_activations
 from t5x_inference_ext.sharding.collective import Collective
 from t5x_inference_ext.sharding.layout import Layout, check_model
 from t5x_inference_ext.sharding.mesh import AXES, MeshShape
-from t5x_inference_ext.sharding.traffic import layer_moves
+from t5x_inference_ext.sharding.traffic import layer_collectives
 
 
 def choose_mesh(config: ModelConfig, devices: Sequence[jax.Device]) -> MeshShape:
@@ -37,7 +37,7 @@ def torus_meshes(
 
   Each physical axis is assigned to one mesh axis; a mesh axis may get several. A physical ring of 4
   chips is a 2x2 square, so its halves may go to two mesh axes; halves of other axes would share
-  links. Y is at least Z, since swapping the two moves equally many bytes.
+  links. Y is at least Z, since swapping Y and Z does not change the bytes.
 
   Args:
     shape: Chips of the slice along each physical axis.
@@ -67,12 +67,13 @@ def torus_mesh(
 ) -> MeshShape:
   """Return the torus_meshes mesh on which a ws_2d decode step spends the least time on links.
 
-  The time counts the collectives of one layer (traffic.layer_moves), with as many rows as chips, by
-  the bytes through the busiest link (links.bytes_through_a_link). It does not count hops, which are
-  equally many on all meshes. With a larger X, fewer features and more columns move; columns move
-  over x, which has the fewest links. X = 1, where ws_2d equals ws_1d, is chosen only if splitting
-  two dimensions moves more bytes (section 3.2.2). Among equally good meshes, the function prefers
-  whole physical axes, then Y and Z as equal as possible.
+  The time counts the collectives of one layer (traffic.layer_collectives) with as many rows as
+  chips, by the bytes through the busiest link (links.bytes_through_a_link). Hops are not counted,
+  because all meshes have equally many. A larger X reduces the bytes of features that are sent, and
+  increases those of columns, which travel along x, the axis with the fewest links. X = 1, where
+  ws_2d equals ws_1d, is chosen only if splitting two dimensions sends more bytes (section 3.2.2).
+  Among equally good meshes, the function prefers whole physical axes, then Y and Z as equal as
+  possible.
 
   The function does not check that the chips divide the model.
 
@@ -90,7 +91,7 @@ def _torus_mesh(
   shape: tuple[int, ...], wraps: tuple[bool, ...], config: ModelConfig, split: bool
 ) -> MeshShape:
   def moved(mesh: MeshShape) -> float:
-    return sum(move.moved for move in _decode_moves(config, mesh))
+    return sum(collective.moved for collective in _decode_collectives(config, mesh))
 
   found = torus_meshes(shape, wraps, split)
   one = [mesh for mesh in found if mesh[0] == 1]
@@ -116,23 +117,23 @@ def layer_bytes_through_a_link(
     config: The model.
   """
   return sum(
-    links.bytes_through_a_link(move, links.paths(shape, wraps, mesh, move.axes))
-    for move in _decode_moves(config, mesh)
+    links.bytes_through_a_link(collective, links.paths(shape, wraps, mesh, collective.axes))
+    for collective in _decode_collectives(config, mesh)
   )
 
 
-def _decode_moves(config: ModelConfig, mesh: MeshShape) -> list[Collective]:
+def _decode_collectives(config: ModelConfig, mesh: MeshShape) -> list[Collective]:
   """Return the collectives of a layer in a ws_2d/batch decode step with as many rows as chips."""
   sizes, rows = dict(zip(AXES, mesh, strict=True)), math.prod(mesh)
   sharding = shard_activations(Layout('ws_2d', 'batch'), config, sizes, rows, 1)
-  return layer_moves(config, sharding, sizes, rows, 1)
+  return layer_collectives(config, sharding, sizes, rows, 1)
 
 
 def default_mesh(config: ModelConfig, devices: int) -> MeshShape:
   """Return a mesh over the largest number of devices that divides the model, shaped for ws_2d.
 
-  Activations move the fewest bytes if X = sqrt(devices * E / F), which for F = 4 E is sqrt(devices)
-  / 2 (section 3.2.2). Y and Z divide the rest as equally as possible.
+  The fewest bytes of activations are sent if X = sqrt(devices * E / F), which for F = 4 E is
+  sqrt(devices) / 2 (section 3.2.2). Y and Z divide the rest as equally as possible.
   """
   for count in range(devices, 0, -1):
     try:

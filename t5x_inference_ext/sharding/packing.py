@@ -27,7 +27,7 @@ from t5x_inference_ext.sharding.layout import Layout, check_model, num_shards
 from t5x_inference_ext.sharding.mesh import AXES
 
 Index = tuple[slice, ...]
-# (canonical name, index into that tensor) -> the tensor's values at the index.
+# Function of a canonical tensor's name and an index, that returns the tensor's values there.
 Reader = Callable[[str, Index], np.ndarray]
 
 _DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
@@ -99,8 +99,8 @@ class PackedTensor:
     if high > stop:
       shape = [len(range(*s.indices(n))) for s, n in zip(index, self.shape, strict=True)]
       shape[self.axis] = high - max(low, stop)
-      # If only padding is read, the zeros are int8. When they are joined with other values, int8
-      # zeros take those values' dtype, while float zeros would widen int8 values.
+      # Padding read alone is int8 zeros: concatenated with other values later, they take the other
+      # dtype, while float zeros would turn int8 values into floats.
       pieces.append(np.zeros(shape, pieces[0].dtype if pieces else np.int8))
     return pieces
 
@@ -110,7 +110,7 @@ def tensor_dtype(tensor: PackedTensor, weights: str, compute: str) -> np.dtype:
 
   Args:
     tensor: One of packed_tensors.
-    weights: The checkpoint's weights: 'int8', or anything else for float.
+    weights: Dtype of the checkpoint's matrices. All values other than 'int8' mean float weights.
     compute: The dtype of activations and float weights, 'float32' or 'bfloat16'.
   """
   if tensor.kind == 'matrix' and weights == 'int8':

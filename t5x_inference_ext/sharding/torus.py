@@ -132,7 +132,7 @@ def device_grid(
   axes are split. A ring of 4 is a square of 2 x 2, whose halves are neighbours on separate links,
   so 2x2x16 still fits 4x4x4. With any other split, some mesh neighbours are not torus neighbours (8
   chips in a row hold no 2 x 4 grid). Then the arrangement with the fewest such pairs is chosen, and
-  `axis_links` says which mesh axes are affected.
+  `axis_links` reports the affected mesh axes.
 
   Args:
     coordinates: [n, 3]. Physical coordinates of the devices, in any order. The box that they fill
@@ -141,8 +141,8 @@ def device_grid(
     wraps: For each physical axis, whether its ends are linked.
 
   Returns:
-    [X, Y, Z] indices into `coordinates`. A chip's position does not depend on the order of the
-    rows.
+    [X, Y, Z] indices into `coordinates`. The order of the rows of `coordinates` does not affect a
+    chip's position.
 
   Raises:
     MeshError: The coordinates fill no box, or the mesh's size is not n.
@@ -199,7 +199,7 @@ def _arrange(shape: tuple[int, ...], mesh: tuple[int, ...], wraps: Sequence[bool
   by_splits = collections.defaultdict(list)
   for shares in itertools.product(*(_factors(size, len(mesh)) for size in shape)):
     if tuple(math.prod(column) for column in zip(*shares, strict=True)) == mesh:
-      # Whole axes are tried first: a physical axis shared by two mesh axes carries both's traffic.
+      # Try whole axes first: a physical axis shared by two mesh axes carries the traffic of both.
       splits = sum(max(0, sum(factor > 1 for factor in row) - 1) for row in shares)
       by_splits[splits].append(shares)
   best, best_apart = None, (math.inf, math.inf)
@@ -212,20 +212,21 @@ def _arrange(shape: tuple[int, ...], mesh: tuple[int, ...], wraps: Sequence[bool
         best, best_apart = positions, apart
     if best_apart[0] == 0:
       break
-  if best is None:  # the factors don't match (6 x 6 on 4 x 9): no division exists
+  if best is None:  # no division into whole factors exists (6 x 6 on 4 x 9)
     return np.stack(np.unravel_index(np.arange(math.prod(mesh)).reshape(mesh), shape), axis=-1)
   return best
 
 
 def _positions(shares: Sequence[_Shares]) -> np.ndarray:
-  """Return [X, Y, Z, 3] positions. Mesh axis j takes the factor shares[i][j] of physical axis i."""
-  # For each mesh axis, an array [size, 3]: each position's digit on each physical axis.
-  walks = [_ring(column) for column in zip(*shares, strict=True)]
+  """Return [X, Y, Z, 3] torus positions: physical axis i is divided into factors shares[i][j]."""
+  # One array [size, 3] per mesh axis j: the path along j as digits, one digit for each physical
+  # axis.
+  walks = [_cyclic_gray_code(column) for column in zip(*shares, strict=True)]
   places = []
   for i, row in enumerate(shares):
-    # The smallest factor is the coarsest digit, because its steps are long.
+    # The smallest factor becomes the most significant digit, since a step of that digit is long.
     order = sorted(range(len(row)), key=lambda j: row[j])
-    digits = _snake([row[j] for j in order])
+    digits = _gray_code([row[j] for j in order])
     table = np.empty(row, int)
     table[tuple(digits[:, order.index(j)] for j in range(len(row)))] = np.arange(math.prod(row))
     places.append(table[np.ix_(*(walk[:, i] for walk in walks))])
@@ -243,33 +244,33 @@ def _factors(size: int, parts: int) -> list[_Shares]:
   return found
 
 
-def _snake(sizes: Sequence[int]) -> np.ndarray:
-  """Return all digits, [product, len(sizes)], in an order where each step changes one digit by 1.
+def _gray_code(sizes: Sequence[int]) -> np.ndarray:
+  """Return the reflected mixed-radix Gray code of `sizes`: all digit tuples, [product, len(sizes)].
 
-  The order is the reflected mixed-radix order.
+  Consecutive tuples differ by 1 in one digit.
   """
   if not sizes:
     return np.zeros((1, 0), int)
-  rest = _snake(sizes[1:])
+  rest = _gray_code(sizes[1:])
   rows = [
     np.column_stack([np.full(len(rest), i), rest[::-1] if i % 2 else rest]) for i in range(sizes[0])
   ]
   return np.concatenate(rows)
 
 
-def _ring(sizes: Sequence[int]) -> np.ndarray:
-  """Return all digits like _snake, but if possible with the last ones one step from the first.
+def _cyclic_gray_code(sizes: Sequence[int]) -> np.ndarray:
+  """Return all digit tuples like _gray_code, in a cyclic order if one exists.
 
-  It is possible if two sizes are above 1 and one of them is even. The walk goes through an even
-  number of rows, back and forth over all columns but the first, then returns along the first
-  column.
+  In a cyclic order, the last tuple also differs by 1 from the first. One exists if two sizes are
+  above 1 and one of them is even. The path goes through the even number of rows, back and forth
+  over all columns except the first, and then returns along the first column.
   """
   even = next((i for i, size in enumerate(sizes) if size % 2 == 0), None)
   if even is None or math.prod(sizes) == sizes[even]:
-    return _snake(sizes)
-  columns = _snake([*sizes[:even], *sizes[even + 1 :]])
+    return _gray_code(sizes)
+  columns = _gray_code([*sizes[:even], *sizes[even + 1 :]])
   walk = [(0, 0)]
-  for row, column in _snake([sizes[even], len(columns) - 1]).tolist():
+  for row, column in _gray_code([sizes[even], len(columns) - 1]).tolist():
     walk.append((row, column + 1))
   walk += [(row, 0) for row in range(sizes[even] - 1, 0, -1)]
   rows, order = np.asarray(walk).T
@@ -279,10 +280,11 @@ def _ring(sizes: Sequence[int]) -> np.ndarray:
 def _apart(
   positions: np.ndarray, shape: Sequence[int], wraps: Sequence[bool]
 ) -> list[tuple[int, int]]:
-  """Count mesh neighbours more than one link apart, given positions [X, Y, Z, 3] in a box.
+  """Count pairs of mesh neighbours that are more than one link apart.
 
   Returns:
-    For each mesh axis the number of such pairs: (between consecutive positions, last and first).
+    For each mesh axis, (number of such pairs of consecutive positions, number of such pairs of last
+    and first position).
   """
 
   def count(a: np.ndarray, b: np.ndarray) -> int:

@@ -17,7 +17,7 @@ from t5x_inference_ext.sharding.heads import vocabulary_rows
 from t5x_inference_ext.sharding.layout import Axes, Layout
 
 
-def layer_moves(
+def layer_collectives(
   config: ModelConfig,
   sharding: ActivationSharding,
   mesh: Mapping[str, int],
@@ -29,7 +29,7 @@ def layer_moves(
   """Return the collectives of one layer, block part by block part.
 
   A serial block has the collectives 'norm', 'input' and 'output' twice. Padding of heads and
-  columns is counted, since it moves too.
+  columns is counted, because it is sent too.
 
   Args:
     config: The model.
@@ -42,31 +42,33 @@ def layer_moves(
   """
   p = Pass(config, sharding.layout, mesh, batch * length, activation_bytes, weight_bytes)
   embed = p.layout.embed_axes
-  moves: list[Collective] = []
+  collectives: list[Collective] = []
   for part in config.block_parts:
     rows, positions, features = sharding.residual
     moments = _moments(p, features, batch * length // p.size(rows + positions))
-    moves += moments if norm_names(config, part) else []  # two norms of one input share the moments
-    moves += _into_columns(p, part, sharding.residual_dim is None)
-    summed = sharding.sums_into(part) is not None
+    collectives += (
+      moments if norm_names(config, part) else []
+    )  # two norms of one input share the moments
+    collectives += _into_columns(p, part, sharding.residual_dim is None)
+    summed = sharding.reduce_scatter_dim(part) is not None
     if summed:
-      moves += _sums_of_columns(p, part)
+      collectives += _sums_of_columns(p, part)
     if part.attention:
-      moves += to_attention(p, sharding, summed)
-      moves += head_norms(p, sharding, batch, length)
+      collectives += to_attention(p, sharding, summed)
+      collectives += head_norms(p, sharding, batch, length)
     if part.mlp and not summed:
-      moves += _mlp(p, part)
+      collectives += _mlp(p, part)
     if part.attention:
-      moves += from_attention(p, sharding, summed)
+      collectives += from_attention(p, sharding, summed)
     if summed:
       count = p.tokens * sum(p.rows(part).values())
-      moves += p.activations('mlp and attention', 'all_gather', embed, count)
-    moves += _out_of_columns(p, part, sharding.residual_dim is None)
-    moves += moments if post_norm_names(config, part) else []
-  return moves
+      collectives += p.activations('mlp and attention', 'all_gather', embed, count)
+    collectives += _out_of_columns(p, part, sharding.residual_dim is None)
+    collectives += moments if post_norm_names(config, part) else []
+  return collectives
 
 
-def feedforward_moves(
+def feedforward_collectives(
   config: ModelConfig,
   layout: Layout,
   mesh: Mapping[str, int],
@@ -95,7 +97,7 @@ def feedforward_moves(
   return _into_columns(p, mlp) + _mlp(p, mlp) + _out_of_columns(p, mlp)
 
 
-def embedding_moves(
+def embedding_collectives(
   config: ModelConfig,
   sharding: ActivationSharding,
   mesh: Mapping[str, int],
@@ -105,32 +107,32 @@ def embedding_moves(
 ) -> list[Collective]:
   """Return the collectives of the embedding lookup, which runs once per pass.
 
-  They reshard [B, T, E/stored embed], partial sums over the vocabulary, to the residual stream. If
-  rows are split, the lookup runs in parts of a few positions; bytes are then the sums over the
-  parts. The arguments are those of layer_moves.
+  The lookup gives [B, T, E/stored embed], partial sums over the vocabulary; the collectives reshard
+  them to the residual stream. If rows are split, the lookup runs on a few positions at a time, and
+  `bytes` is the sum over all runs. The arguments are those of layer_collectives.
   """
   layout = sharding.layout
   p = Pass(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
-  moves: list[Collective] = []
-  if config.positions == 'learned' and length == 1:  # every device looks up all of them
-    moves += p.move('positions', 'all_gather', sharding.attention_rows, batch, INT32)
+  collectives: list[Collective] = []
+  if config.positions == 'learned' and length == 1:  # every device looks up all positions
+    collectives += p.collective('positions', 'all_gather', sharding.attention_rows, batch, INT32)
   local = batch * length * config.d_model // p.size(layout.stored_embed)
   for dim, axes in enumerate(sharding.residual):
-    if dim < 2:  # gathering d_model and splitting tokens keep the count
+    if dim < 2:  # gathering d_model while splitting tokens keeps the element count
       embed = tuple(a for a in axes if a in layout.stored_embed)
-      moves += p.activations('embedding', 'all_to_all', embed, local)
+      collectives += p.activations('embedding', 'all_to_all', embed, local)
     hidden = tuple(a for a in axes if a in layout.stored_hidden)
-    moves += p.activations('embedding', 'reduce_scatter', hidden, local)
+    collectives += p.activations('embedding', 'reduce_scatter', hidden, local)
     local //= p.size(hidden)
   if sharding.residual_dim is None:
-    moves += p.activations('embedding', 'all_reduce', layout.stored_hidden, local)
+    collectives += p.activations('embedding', 'all_reduce', layout.stored_hidden, local)
   if config.embedding_norm:
     rows, positions, features = sharding.residual
-    moves += _moments(p, features, batch * length // p.size(rows + positions))
-  return moves
+    collectives += _moments(p, features, batch * length // p.size(rows + positions))
+  return collectives
 
 
-def logits_moves(
+def logits_collectives(
   config: ModelConfig,
   sharding: ActivationSharding,
   mesh: Mapping[str, int],
@@ -158,37 +160,43 @@ def logits_moves(
   p = Pass(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
   rows, positions, features = sharding.residual
   width = e // p.size(features)
-  moves: list[Collective] = []
+  collectives: list[Collective] = []
   if last:
-    moves += p.activations('last positions', 'all_reduce', positions, batch // p.size(rows) * width)
+    collectives += p.activations(
+      'last positions', 'all_reduce', positions, batch // p.size(rows) * width
+    )
     length, positions = 1, ()
-  moves += _moments(p, features, batch // p.size(rows) * length // p.size(positions))
+  collectives += _moments(p, features, batch // p.size(rows) * length // p.size(positions))
   # Gather all tokens, then split d_model as in the embedding.
-  moves += p.activations(
+  collectives += p.activations(
     'logits input', 'all_gather', rows, batch * length // p.size(positions) * width
   )
   tokens = batch * length
-  moves += p.activations('logits input', 'all_gather', positions, tokens * width)
+  collectives += p.activations('logits input', 'all_gather', positions, tokens * width)
   hidden = tuple(a for a in features if a in layout.stored_hidden)
-  moves += p.activations('logits input', 'all_gather', hidden, tokens * width * p.size(hidden))
+  collectives += p.activations(
+    'logits input', 'all_gather', hidden, tokens * width * p.size(hidden)
+  )
   # Reshard [B, T, V/hidden], partial sums over d_model, to [B/sampling, T, V].
   split = sampling_axes(sampling, batch, mesh)
   vocabulary = vocabulary_rows(config, p.size(layout.stored_hidden))
   scattered = tuple(a for a in layout.stored_embed if a in split)
-  moves += p.move('logits', 'reduce_scatter', scattered, tokens * vocabulary, FLOAT32)
+  collectives += p.collective('logits', 'reduce_scatter', scattered, tokens * vocabulary, FLOAT32)
   tokens //= p.size(scattered)
   reduced = tuple(a for a in layout.stored_embed if a not in split)
-  moves += p.move('logits', 'all_reduce', reduced, tokens * vocabulary, FLOAT32)
+  collectives += p.collective('logits', 'all_reduce', reduced, tokens * vocabulary, FLOAT32)
   rows = tuple(a for a in layout.stored_hidden if a in split)
-  moves += p.move('logits', 'all_to_all', rows, tokens * vocabulary, FLOAT32)
+  collectives += p.collective('logits', 'all_to_all', rows, tokens * vocabulary, FLOAT32)
   rest = tuple(a for a in layout.stored_hidden if a not in split)
-  return moves + p.move('logits', 'all_gather', rest, tokens * vocabulary * p.size(rest), FLOAT32)
+  return collectives + p.collective(
+    'logits', 'all_gather', rest, tokens * vocabulary * p.size(rest), FLOAT32
+  )
 
 
 def _moments(p: Pass, features: Axes, tokens: int) -> list[Collective]:
   """Return the all-reduces of each token's moments: two for layer norm, one for RMS norm."""
   moments = 2 if p.config.norm == 'layer' else 1
-  return moments * p.move('norm', 'all_reduce', features, tokens, FLOAT32)
+  return moments * p.collective('norm', 'all_reduce', features, tokens, FLOAT32)
 
 
 def _sums_of_columns(p: Pass, part: BlockPart) -> list[Collective]:
@@ -200,10 +208,10 @@ def _sums_of_columns(p: Pass, part: BlockPart) -> list[Collective]:
       'mlp columns': groups['all columns'] - columns['attention'],
       'attention columns': columns['attention'],
     }
-  moves: list[Collective] = []
+  collectives: list[Collective] = []
   for name, width in groups.items():
-    moves += p.activations(name, 'reduce_scatter', p.layout.embed_axes, p.tokens * width)
-  return moves
+    collectives += p.activations(name, 'reduce_scatter', p.layout.embed_axes, p.tokens * width)
+  return collectives
 
 
 def _into_columns(p: Pass, part: BlockPart, whole: bool = False) -> list[Collective]:
@@ -220,17 +228,17 @@ def _into_columns(p: Pass, part: BlockPart, whole: bool = False) -> list[Collect
   gathered = layout.gathered_axes
   # With gathered weights, only the weights' collectives are looped.
   axes = () if whole else layout.hidden_axes
-  moves = p.activations('input', 'all_gather', axes, p.tokens * features, looped=not gathered)
-  if p.config.has_two_norms(part) and moves and moves[0].directions:
-    moves *= 2  # one ring for each norm; without rings, one gather serves both norms
+  collectives = p.activations('input', 'all_gather', axes, p.tokens * features, looped=not gathered)
+  if p.config.has_two_norms(part) and collectives and collectives[0].directions:
+    collectives *= 2  # one ring for each norm; without rings, one gather serves both norms
   for name, width in p.columns(part).items():
-    moves += p.move(
+    collectives += p.collective(
       f'weights: {name}', 'all_gather', gathered, features * width, p.weight, looped=True
     )
     if p.weight == 1:
       scales = tuple(a for a in layout.stored_hidden if a in gathered)
-      moves += p.move(f'scales: {name}', 'all_gather', scales, width, FLOAT32)
-  return moves
+      collectives += p.collective(f'scales: {name}', 'all_gather', scales, width, FLOAT32)
+  return collectives
 
 
 def _out_of_columns(p: Pass, part: BlockPart, whole: bool = False) -> list[Collective]:
@@ -243,12 +251,14 @@ def _out_of_columns(p: Pass, part: BlockPart, whole: bool = False) -> list[Colle
   """
   layout, features = p.layout, _features(p)
   gathered = layout.gathered_axes
-  moves: list[Collective] = []
+  collectives: list[Collective] = []
   for name, width in p.rows(part).items():
     what = f'weights: {name.replace("_", " ")}'
-    moves += p.move(what, 'all_gather', gathered, width * features, p.weight, looped=True)
+    collectives += p.collective(
+      what, 'all_gather', gathered, width * features, p.weight, looped=True
+    )
   kind = 'all_reduce' if whole else 'reduce_scatter'
-  return moves + p.activations(
+  return collectives + p.activations(
     'output', kind, layout.hidden_axes, p.tokens * features, looped=not gathered
   )
 
@@ -264,7 +274,9 @@ def _mlp(p: Pass, part: BlockPart) -> list[Collective]:
   `BLF_yz(partialsum-x)` -RS(x)-> `BLF_xyz` for each input, -AG(x)-> `BLF_yz` of the product.
   """
   columns, embed = p.columns(part), p.layout.embed_axes
-  moves: list[Collective] = []
+  collectives: list[Collective] = []
   for name in p.config.mlp_inputs:
-    moves += p.activations(name, 'reduce_scatter', embed, p.tokens * columns[name])
-  return moves + p.activations('mlp', 'all_gather', embed, p.tokens * p.rows(part)['mlp_output'])
+    collectives += p.activations(name, 'reduce_scatter', embed, p.tokens * columns[name])
+  return collectives + p.activations(
+    'mlp', 'all_gather', embed, p.tokens * p.rows(part)['mlp_output']
+  )

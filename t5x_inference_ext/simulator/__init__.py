@@ -1,1 +1,1 @@
-"""A service in virtual time: the real scheduler, with a clock in the place of its programs."""
+"""Simulation of a service: the real scheduler in virtual time, with a clock instead of programs."""

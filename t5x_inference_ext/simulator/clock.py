@@ -1,42 +1,42 @@
-"""Time as the loop of a service sees it: the machine's own, or virtual."""
+"""Clocks for the loop of a service: the machine's time, or virtual time."""
 
 import time
 from typing import Protocol
 
 
 class ServiceClock(Protocol):
-  """Says how late it is, and lets time pass."""
+  """Interface: tells the time, and waits."""
 
   def now(self) -> float:
     """Return the time in seconds."""
 
   def sleep_until(self, moment: float) -> None:
-    """Return at this time, or at once if it has passed."""
+    """Wait until this time; return at once if it has passed."""
 
 
 class WallClock:
-  """The machine's time, from 0 on."""
+  """The machine's time, in seconds since the clock was made."""
 
   def __init__(self) -> None:
     self._begin = time.perf_counter()
 
   def now(self) -> float:
-    """Return the seconds since the clock was made."""
+    """Return the time in seconds."""
     return time.perf_counter() - self._begin
 
   def sleep_until(self, moment: float) -> None:
-    """Sleep until this time."""
+    """Sleep until this time, in seconds."""
     time.sleep(max(0.0, moment - self.now()))
 
 
 class VirtualClock:
   """Virtual time of a host and of the devices that it feeds.
 
-  The devices do their work in the order in which the host starts it. The host goes on at once, and
-  waits only where it reads a result.
+  The devices run programs in the order in which the host starts them. The host does not wait for a
+  program until it reads the result.
 
   Args:
-    shared: Whether the devices stand still while the host works: they are the host's own cores.
+    shared: Whether the devices are the host's own cores, and so idle while the host works.
   """
 
   def __init__(self, shared: bool = False) -> None:
@@ -48,20 +48,20 @@ class VirtualClock:
     return self._now
 
   def sleep_until(self, moment: float) -> None:
-    """Let the host's time pass until this time."""
+    """Advance the host's time to this time."""
     self._now = max(self._now, moment)
 
   def spend(self, seconds: float) -> None:
-    """Let the host work for some seconds."""
+    """Advance the host's time by some seconds of work."""
     if self._shared and self._devices_free > self._now:
       self._devices_free += seconds
     self._now += seconds
 
   def start(self, seconds: float) -> float:
-    """Start work of the devices that takes some seconds; return the time when it will be done."""
+    """Queue work of some seconds on the devices; return the time at which it will be done."""
     self._devices_free = max(self._now, self._devices_free) + seconds
     return self._devices_free
 
   def drain(self) -> None:
-    """Let the host wait until the devices have done all their work."""
+    """Advance the host's time until the devices have no work left."""
     self.sleep_until(self._devices_free)

@@ -15,26 +15,26 @@ from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.simulator.clock import VirtualClock
 from t5x_inference_ext.simulator.prices import Prices
 
-_TOKEN = 5  # what every row gets in every step
+_TOKEN = 5  # the token that every row gets in every step
 
 
 class _Pending(NamedTuple):
-  """A program's output, and the time when it will be there."""
+  """A program's output, and the time at which it will be ready."""
 
   output: StepsOutput
   done: float
 
 
 class ClockExecutor:
-  """Takes the time of a scheduler's programs, and gives every row any token until its limit.
+  """Advances a clock by the time of each program; rows get a fixed token until their limit.
 
-  See engine.executor.Executor. Rows end only at their limits.
+  See engine.executor.Executor. Rows end only at their limits of new tokens.
 
   Args:
     model: The model. Its mesh may be abstract: no device is used.
     config: Sizes of the scheduler.
-    prices: What programs take.
-    clock: Time of host and devices.
+    prices: Times of the programs.
+    clock: The clock to advance.
     block_bytes: Bytes of a block of the prefix store on each device.
 
   Raises:
@@ -58,16 +58,16 @@ class ClockExecutor:
     self._left = np.zeros(config.slots, np.int64)  # tokens until the limit of each slot's row
 
   def start_prefill(self, copies: BlockCopies | None) -> None:
-    """Take the time of a new group."""
+    """Advance the clock by the start of a group."""
     self._start('start_prefill', blocks=int(copies.count) if copies else 0)
 
   def prefill_chunk(self, tokens: np.ndarray, counts: np.ndarray, read: int) -> None:
-    """Take the time of a chunk."""
+    """Advance the clock by a chunk."""
     del counts
     self._start('prefill_chunk', tokens=tokens.shape[1], read=read)
 
   def save_blocks(self, copies: BlockCopies) -> None:
-    """Take the time of copies into the prefix store."""
+    """Advance the clock by copies into the prefix store."""
     self._start('save_blocks', blocks=int(copies.count))
 
   def insert(
@@ -81,7 +81,7 @@ class ClockExecutor:
     generated: int,
     masks: TokenMasks | None,
   ) -> Any:
-    """Take the time of an insertion; the row gets its next token."""
+    """Advance the clock by an insertion; the row gets its next token."""
     del place, pages, tokens, masks
     self._left[slot] = int(params.limits[0]) - generated - 1
     one = np.ones(1, np.int32)
@@ -118,12 +118,12 @@ class ClockExecutor:
   def decode_logits(
     self, pages: SlotPages, alive: np.ndarray, read: int, read_shared: int
   ) -> tuple[int, int]:
-    """Return the sizes of a step, whose whole time `choose_masked` takes."""
+    """Return the sizes of a step; `choose_masked` then advances the clock by the whole step."""
     del pages, alive
     return read, read_shared
 
   def choose_masked(self, logits: Any, alive: np.ndarray, masks: TokenMasks) -> Any:
-    """Take the time of a decode step; each row gets any token, whatever its grammar."""
+    """Advance the clock by a decode step; each row gets the fixed token, whatever its grammar."""
     del masks
     read, read_shared = logits
     return self._steps(alive, 1, False, read, read_shared)
@@ -138,7 +138,7 @@ class ClockExecutor:
     self._clock.drain()
 
   def settle(self) -> None:
-    """Do nothing: devices do all work in order."""
+    """Do nothing: the devices run all programs in order."""
 
   def _start(self, program: str, **sizes: int) -> float:
     return self._begin(self._prices.seconds(program, **sizes))

@@ -1,4 +1,4 @@
-"""Prices of a scheduler's programs, measured on the devices that are here."""
+"""Measure the times of a scheduler's programs on this machine's devices."""
 
 from collections.abc import Callable, Iterator
 import functools
@@ -26,21 +26,21 @@ from t5x_inference_ext.simulator.prices import NoTime, PricedProgram, PricedServ
 from t5x_inference_ext.simulator.service import WaitingLimits, serve_arrivals
 from t5x_inference_ext.simulator.trace import RandomTrace
 
-_CALLS = 8  # calls in a row: starting them hides behind running them, as in a busy scheduler
-_PROMPT = 32  # tokens of the rows whose decode steps are timed
+_CALLS = 8  # in a row: starting a call overlaps with running others, as in a busy scheduler
+_PROMPT = 32  # number of tokens of the rows whose decode steps are timed
 _HOST_REQUESTS = 200
 
 
 def measure_service(
   model: Model, weights: Weights, config: SchedulerConfig, repeats: int = 5
 ) -> PricedService:
-  """Return the prices of a scheduler's programs: means over `repeats` runs of several calls.
+  """Return the mean times of a scheduler's programs, over `repeats` runs of _CALLS calls.
 
-  Means, not medians: what slows a machine now and then slows a service on it too. Programs whose
-  output the host reads are timed in the scheduler's rhythm, each started before the output of the
-  one before is read.
+  Means, not medians: occasional delays of a machine slow a service on it too. Programs whose output
+  the host reads are timed as the scheduler runs them: each starts before the previous output is
+  read.
 
-  It runs each program that a service needs, so it takes longer than Scheduler.warm_up.
+  All programs that a service needs are run, so this takes longer than Scheduler.warm_up.
   """
   timer = _Timer(model, weights, config, repeats)
   rows = [*timer.prefill(), *timer.insertions(), *timer.steps(), *timer.copies()]
@@ -51,7 +51,7 @@ def measure_service(
 
 
 def host_seconds(model: Model, config: SchedulerConfig) -> float:
-  """Measure the host's own work in a turn of a scheduler of full slots, in seconds."""
+  """Measure the host's own seconds in a step of a scheduler whose slots are full."""
   length = max(1, config.max_length // 4)
   trace = RandomTrace(_HOST_REQUESTS, length, length)
   executor = ClockExecutor(model, config, NoTime(), clock := VirtualClock(), 2**20)
@@ -81,7 +81,7 @@ class _Timer:
   ) -> float:
     """Return the mean time of a call, of _CALLS in a row after `prepare`."""
     found = []
-    for _ in range(self._repeats + 1):  # the first one compiles
+    for _ in range(self._repeats + 1):  # the first run compiles
       if prepare is not None:
         prepare()
       self._executor.wait()
@@ -111,7 +111,7 @@ class _Timer:
     self._executor.prefill_chunk(tokens, np.full(rows, size, np.int32), read)
 
   def prefill(self) -> Iterator[PricedProgram]:
-    """Yield the prices of chunks."""
+    """Yield the times of chunks."""
     for size, read in itertools.product(self._config.chunk_sizes, self._config.prefill_reads):
       seconds = self._time(lambda: self._chunk(size, read), self._reset)  # noqa: B023  # runs at once
       yield PricedProgram('prefill_chunk', {'tokens': size, 'read': read}, seconds)
@@ -132,7 +132,7 @@ class _Timer:
       self._insert(slot, _PROMPT)
 
   def insertions(self) -> Iterator[PricedProgram]:
-    """Yield the prices of the insertion of a short row, and of a long one."""
+    """Yield the times of inserting a short row and a long row."""
     for length in (self._config.chunk_sizes[0], self._config.max_length):
 
       def prepare() -> None:
@@ -155,13 +155,13 @@ class _Timer:
     return itertools.product(pages, self._config.shared_reads)
 
   def steps(self) -> Iterator[PricedProgram]:
-    """Yield the prices of a decode step of all slots."""
+    """Yield the times of decode steps of all slots."""
     for read, shared in self._reads():
       seconds = self._time(lambda: self._step(read, shared), self._fill)  # noqa: B023  # runs at once
       yield PricedProgram('decode_steps', {'read': read, 'read_shared': shared}, seconds)
 
   def copies(self) -> Iterator[PricedProgram]:
-    """Yield the prices of a group's start, and of copies to the prefix store."""
+    """Yield the times of starting a group, and of copies to the prefix store."""
     most = min(self._config.max_length // self._config.block_size, self._executor.blocks)
     for count in (0, most) if most else (0,):
       copies = self._copies(count)
@@ -174,9 +174,9 @@ class _Timer:
       yield PricedProgram('save_blocks', {'blocks': count}, self._time(save))
 
   def start(self) -> PricedProgram:
-    """Return the host's time to start a program, and to take an output that is there.
+    """Return the host's time to start a program and to read an output that is ready.
 
-    Where the host's cores are the devices, the programs' own times include it.
+    If the host's cores are the devices, the programs' times already include this time.
     """
     if self.shared:
       return PricedProgram('start', {}, 0.0)

@@ -1,4 +1,4 @@
-"""Prices of a scheduler's programs: tables of measured or compiled times.
+"""Prices: the seconds of each of a scheduler's programs, from a measured or compiled table.
 
 A program is named as in engine/programs.py, and its sizes as Scheduler.warm_up names them. A file
 of prices is JSON:
@@ -7,8 +7,8 @@ of prices is JSON:
      "mesh": "1x1x1", "layouts": ["ws_2d/batch", "ws_2d/batch"], "shared": false,
      "programs": [{"program": "decode_steps", "read": 17, "read_shared": 0, "seconds": 0.004}, ...]}
 
-`scheduler` has fields of SchedulerConfig, those that the programs were compiled for. `shared` says
-whether the devices are the host's own cores, so that they stand still while it works.
+`scheduler` has the fields of SchedulerConfig for which the programs were compiled. `shared` says
+whether the devices are the host's own cores, and so idle while the host works.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,8 +24,8 @@ from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import MeshShape, parse_mesh
 from t5x_inference_ext.text_files import parse_json
 
-# Program -> its sizes. `host` is the host's own work in a turn of the scheduler, and `start` that
-# of starting a program: neither is a program of the devices.
+# Program -> names of its sizes. Two entries are not programs of the devices: `host` is the host's
+# own work in a step of the scheduler, `start` its work to start a program.
 PROGRAMS: dict[str, tuple[str, ...]] = {
   'prefill_chunk': ('tokens', 'read'),
   'decode_steps': ('read', 'read_shared'),
@@ -35,15 +35,15 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
   'host': (),
   'start': (),
 }
-# Sizes that are not static: a program's time is linear in them between the rows of a table.
+# Sizes that are not static in a program. Between the rows of a table, time is linear in them.
 _COUNTED = ('positions', 'blocks')
 
 
 class Prices(Protocol):
-  """Says what each program takes."""
+  """Interface: the time of each program."""
 
   def seconds(self, program: str, **sizes: int) -> float:
-    """Return the seconds of a program of PROGRAMS; of decode_steps, those of one step."""
+    """Return the seconds of a program of PROGRAMS; for decode_steps, of one step."""
 
 
 class NoTime:
@@ -61,7 +61,7 @@ class PricedProgram(NamedTuple):
   Attributes:
     program: One of PROGRAMS.
     sizes: Its sizes, by name.
-    seconds: What it takes.
+    seconds: Its time.
   """
 
   program: str
@@ -72,8 +72,8 @@ class PricedProgram(NamedTuple):
 class PriceTable:
   """Prices from a table.
 
-  A program whose sizes are in no row takes what the next larger one takes; in the number of blocks
-  or positions, time is linear between the nearest rows and beyond them.
+  For sizes that are in no row, the next larger static size applies. In the sizes of _COUNTED, time
+  is interpolated between the nearest rows, and extrapolated beyond them.
 
   Args:
     rows: The table.
@@ -91,7 +91,7 @@ class PriceTable:
     self._seconds = functools.cache(self._look_up)
 
   def seconds(self, program: str, **sizes: int) -> float:
-    """Return the seconds of a program; of decode_steps, those of one step.
+    """Return the seconds of a program; for decode_steps, of one step.
 
     Raises:
       RequestError: The table has no row for it.
@@ -104,15 +104,15 @@ class PriceTable:
       return _on_line([(each[0], seconds) for each, seconds in rows], sizes[0])
     fitting = [s for each, s in rows if all(have >= ask for have, ask in zip(each, sizes))]
     if not fitting:
-      asked = ', '.join(f'{name}={size}' for name, size in zip(PROGRAMS[program], sizes))
+      wanted = ', '.join(f'{name}={size}' for name, size in zip(PROGRAMS[program], sizes))
       raise RequestError(
-        f'{self._name} has no time for {program}({asked}), and for none larger: add a row'
+        f'{self._name} has no row for {program}({wanted}) or larger sizes: add one'
       )
     return fitting[0]
 
 
 def _on_line(points: list[tuple[int, float]], at: int) -> float:
-  """Return the value at a place of the line through points, at least 0."""
+  """Interpolate points linearly at `at`, or extrapolate; the result is at least 0."""
   if len(points) == 1:
     return points[0][1]
   after = next((i for i, (x, _) in enumerate(points) if x >= at), len(points) - 1)
@@ -122,7 +122,7 @@ def _on_line(points: list[tuple[int, float]], at: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class PricedService:
-  """Prices, and what their programs were compiled for.
+  """A file of prices: a table, and the sizes and layouts that it is for.
 
   Attributes:
     config: Sizes of the scheduler.
@@ -143,7 +143,8 @@ class PricedService:
     """Read a file of prices.
 
     Raises:
-      RequestError: The file can't be read, or is no such file. The message names the place.
+      RequestError: The file can't be read, or is not a valid file of prices. The message names the
+        place.
     """
     try:
       with open(path, encoding='utf-8') as file:

@@ -1,4 +1,4 @@
-"""The loop of a service: requests arrive, wait, enter the scheduler, and get their tokens."""
+"""The loop of a service: requests arrive, wait, enter the scheduler and get their tokens."""
 
 import collections
 from collections.abc import Callable, Sequence
@@ -13,11 +13,11 @@ from t5x_inference_ext.simulator.trace import Arrival
 
 
 class WaitingLimits(NamedTuple):
-  """Limits on the requests that wait at a time; more are refused, as by the server.
+  """Limits on the requests that wait. More are refused, as by the server.
 
   Attributes:
-    requests: Most requests that wait for their first token.
-    tokens: Most tokens of their prompts. One prompt may always wait.
+    requests: Maximum number of requests that wait for their first token.
+    tokens: Maximum number of tokens of the waiting prompts. A single prompt may always wait.
   """
 
   requests: int = 256
@@ -47,17 +47,17 @@ class Quantiles(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ServedTrace:
-  """The latencies and tokens that clients got.
+  """The results of serving a trace, as its clients see them.
 
   Attributes:
     first: Time to first token of each request, from its arrival.
-    between: Mean time between tokens of each request that got two or more.
-    gaps: Each time between two tokens of a request.
-    tokens: New tokens of all requests.
-    seconds: From the first arrival to the last token.
-    refused: Requests that were refused, as too many waited.
-    preempted: Rows that had to leave their slot and were computed again.
-    hit_share: Share of the prompts' tokens that the prefix cache had.
+    between: Mean time between tokens, of each request with two or more tokens.
+    gaps: Every single time between two consecutive tokens of a request.
+    tokens: Number of new tokens of all requests.
+    seconds: Time from the first arrival to the last token.
+    refused: Number of requests that were refused because too many waited.
+    preempted: Number of rows that were preempted: they left their slot, and were computed again.
+    hit_share: Share of the prompts' tokens that were found in the prefix cache.
   """
 
   first: Quantiles
@@ -71,7 +71,7 @@ class ServedTrace:
 
   @property
   def tokens_per_second(self) -> float:
-    """New tokens a second of all requests together."""
+    """New tokens per second, of all requests together."""
     return self.tokens / self.seconds if self.seconds else 0.0
 
 
@@ -87,18 +87,18 @@ def serve_arrivals(
   arrivals: Sequence[Arrival],
   clock: ServiceClock,
   bounds: WaitingLimits = DEFAULT_LIMITS,
-  begin_turn: Callable[[], object] = lambda: None,
+  begin_step: Callable[[], object] = lambda: None,
 ) -> ServedTrace:
-  """Serve requests as they arrive, and return what their clients got.
+  """Serve requests as they arrive, and return their latencies and tokens.
 
   A request waits until the scheduler can start it, as in server/driver.py.
 
   Args:
     scheduler: An idle scheduler.
     arrivals: The requests, by arrival.
-    clock: Says how late it is; time begins at 0.
-    bounds: What may wait.
-    begin_turn: Called before each turn of the scheduler.
+    clock: The clock; its time begins at 0.
+    bounds: Limits on waiting requests.
+    begin_step: Called before each step of the scheduler.
 
   Raises:
     RequestError: A request does not fit the scheduler.
@@ -125,7 +125,7 @@ def serve_arrivals(
       arrival = queue.popleft()
       handle = scheduler.submit(Request(arrival.tokens, limit=arrival.limit))
       served[handle.index] = _Served(arrival.seconds, len(arrival.tokens))
-    begin_turn()
+    begin_step()
     events = scheduler.step()
     now = clock.now()
     for event in events:
@@ -142,7 +142,7 @@ def serve_arrivals(
 def _service(
   scheduler: Scheduler, done: Sequence[_Served], last: float, refused: int
 ) -> ServedTrace:
-  """Return what clients got, from the times of their tokens."""
+  """Return the results of a trace, from the times of its tokens."""
   several = [each.times for each in done if len(each.times) > 1]
   stats = scheduler.stats
   return ServedTrace(

@@ -1,4 +1,4 @@
-"""A trace through the real scheduler in virtual time."""
+"""Simulation of a trace: the real scheduler in virtual time."""
 
 from collections.abc import Sequence
 
@@ -26,16 +26,16 @@ def simulate(
   block_bytes: int = 2**20,
   shared: bool = False,
 ) -> ServedTrace:
-  """Return what the clients of a service would get. No program runs.
+  """Predict the latencies and tokens of a service's clients, without running a program.
 
   Args:
     model: The model. Its mesh may be abstract.
     config: Sizes of the scheduler.
-    prices: What programs take, and the host's own work.
+    prices: Times of the programs and of the host's own work.
     arrivals: The requests, by arrival.
-    bounds: What may wait.
+    bounds: Limits on waiting requests.
     block_bytes: Bytes of a block of the prefix store on each device.
-    shared: Whether host and devices are the same cores; see VirtualClock.
+    shared: Whether the devices are the host's own cores; see VirtualClock.
 
   Raises:
     RequestError: A request does not fit, or the prices lack a program.

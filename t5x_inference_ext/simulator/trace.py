@@ -4,10 +4,10 @@ A log has one JSON object a line:
 
     {"arrival": 0.31, "input_length": 812, "output_length": 64}
 
-`arrival` is in seconds; `timestamp`, in milliseconds, may take its place, as in Mooncake's traces.
-Prompts of a length have random tokens, which no other prompt shares. `tokens` gives the ids instead
-of a length. `hash_ids` names blocks of 512 tokens, as in Mooncake's traces: prompts whose first ids
-are equal begin alike.
+`arrival` is in seconds. `timestamp`, in milliseconds as in Mooncake's traces, may take its place. A
+prompt given by its length has random tokens, with no prefix common to others. `tokens` gives the
+token ids themselves. `hash_ids` names blocks of 512 tokens, as in Mooncake's traces: equal leading
+ids mean a common prefix.
 """
 
 from collections.abc import Sequence
@@ -21,18 +21,18 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.options import has_type
 from t5x_inference_ext.text_files import parse_json
 
-HASH_BLOCK = 512  # tokens that one of hash_ids stands for
-_LONGEST = 8  # no random length is more than this many times the mean
-_FIRST_TOKEN = 3  # random tokens avoid ids that models use for padding, beginning and end
+HASH_BLOCK = 512  # number of tokens that each of hash_ids stands for
+_LONGEST = 8  # random lengths are cut at this many times the mean
+_FIRST_TOKEN = 3  # smallest random token: lower ids are padding, BOS and EOS in many models
 
 
 class Arrival(NamedTuple):
   """A request of a trace.
 
   Attributes:
-    seconds: When it arrives.
-    tokens: Model inputs.
-    limit: New tokens that it gets.
+    seconds: Time of arrival, in seconds.
+    tokens: Token ids of the prompt, BOS included.
+    limit: Number of new tokens.
   """
 
   seconds: float
@@ -42,15 +42,15 @@ class Arrival(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RandomTrace:
-  """The numbers of a trace drawn at random.
+  """Parameters of a random trace.
 
   Attributes:
-    requests: How many there are.
+    requests: Number of requests.
     input_length: Mean tokens of a prompt.
     output_length: Mean new tokens of a request.
-    length_spread: Standard deviation of both lengths over their means; they are log-normal, at most
-      8 times the mean. 0: all are equal.
-    shared_length: Tokens that all prompts begin with, of their input_length.
+    length_spread: Standard deviation of each length divided by its mean. Lengths are log-normal,
+      cut at 8 times the mean. 0: all lengths are equal.
+    shared_length: Length of the common prefix of all prompts, part of input_length.
   """
 
   requests: int
@@ -60,13 +60,12 @@ class RandomTrace:
   shared_length: int = 0
 
   def arrivals(self, rate: float, vocab_size: int, seed: int = 0) -> list[Arrival]:
-    """Return requests that arrive at random times, independently of each other.
+    """Return random requests, whose arrivals are a Poisson process.
 
     Args:
       rate: Mean number of requests a second.
       vocab_size: V.
-      seed: Another seed gives other times, lengths and tokens. The lengths and tokens do not
-        depend on the rate, nor the order of the times.
+      seed: Seed of times, lengths and tokens. With one seed, another rate only stretches the times.
     """
     rng = np.random.default_rng(seed)
     times = np.cumsum(rng.exponential(1.0, self.requests)) / rate
@@ -89,14 +88,15 @@ def _tokens(rng: np.random.Generator, count: int, vocab_size: int) -> tuple[int,
 
 
 def read_trace(path: str, vocab_size: int) -> list[Arrival]:
-  """Return the requests of a log, by arrival. The first one arrives at 0.
+  """Return the requests of a log, sorted by arrival, with the first arrival at 0.
 
   Args:
     path: File with one JSON object a line.
-    vocab_size: V, for the random tokens of prompts of which only the length is known.
+    vocab_size: V, the upper bound of random tokens.
 
   Raises:
-    RequestError: The file can't be read, has no requests, or a line is none. Names the line.
+    RequestError: The file can't be read, has no requests, or has an invalid line, which the message
+      names.
   """
   rng, found = np.random.default_rng(0), []
   try:
@@ -152,7 +152,7 @@ def rate_of(arrivals: Sequence[Arrival]) -> float:
 
 
 def at_rate(arrivals: Sequence[Arrival], rate: float) -> list[Arrival]:
-  """Return the requests of a trace faster or slower after each other, `rate` a second."""
+  """Return the requests of a trace with arrivals scaled to `rate` requests per second."""
   before = rate_of(arrivals)
   if math.isinf(before):
     raise RequestError('all requests of the trace arrive at once: they have no rate to change')

@@ -1,8 +1,9 @@
-"""Conversion of the KV cache to and from the nested dict that T5X's decoding functions take.
+"""Convert the KV cache to and from the nested dict of T5X's decoding functions.
 
-T5X tiles, flattens and reorders rows on one axis of every leaf: axis 1 if layers are stacked, else
-0. The exception is a leaf named cache_index, which T5X handles inconsistently: after a prefill,
-beam_search gives it a beam axis and never flattens it. So the lengths have another name here.
+T5X tiles, flattens and reorders rows along one axis of every leaf: axis 1 if layers are stacked,
+else axis 0. It handles a leaf named cache_index differently, and inconsistently: after a prefill,
+beam_search adds a beam axis to cache_index and never flattens it. So the leaf of lengths has
+another name here.
 """
 
 from collections.abc import Mapping
@@ -43,7 +44,7 @@ def cache_from_t5x(cache: Mapping[str, Any]) -> KVCache:
 
 
 def _named(keys: KV, values: KV) -> Cache:
-  """Return keys and values under T5X's names, with their scales if they are int8."""
+  """Return a dict of keys and values by T5X's names, with their scales if they are int8."""
   named: Cache = {}
   for name, kv in ((_KEY, keys), (_VALUE, values)):
     if isinstance(kv, Int8KV):

@@ -1,4 +1,4 @@
-"""Restoring in T5X: loads any checkpoint that this package reads directly onto the devices."""
+"""Restoring in T5X, from any checkpoint that this package reads, directly onto the devices."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -19,11 +19,11 @@ from t5x_inference_ext.t5x.partitioning import partitioner_rules
 def restore_train_state(
   path: str, model: InferenceModel, train_state: Any, partitioner: partitioning.BasePartitioner
 ) -> Any:
-  """Load a checkpoint's weights in the model's dtype; int8 stays int8.
+  """Load a checkpoint's weights in the model's dtype; int8 weights stay int8.
 
   Args:
-    path: Directory of a serving checkpoint or of a T5X checkpoint. Its name need not follow T5X's
-      pattern.
+    path: Directory of a serving checkpoint or of a T5X checkpoint. Its name may be any, not only
+      checkpoint_STEP.
     model: The model that the checkpoint must hold.
     train_state: T5X's train state, with shapes instead of arrays and without an optimizer.
     partitioner: An InferencePartitioner.
@@ -104,7 +104,7 @@ def _check_state(
 
 
 class _Restorer:
-  """Restores train states of a model; the base of both classes that T5X calls."""
+  """Restores train states of a model: the base of the two classes that T5X calls."""
 
   def __init__(
     self, train_state: Any, partitioner: Any, model: InferenceModel, restore_dtype: Any
@@ -127,7 +127,7 @@ class _Restorer:
     state_transformation_fns: Sequence[Any] = (),
     lazy_parameters: bool = False,
   ) -> Any:
-    """Restore the checkpoint at `path`: see restore_train_state. Other options are refused."""
+    """Restore the checkpoint at `path`; see restore_train_state. Other options raise errors."""
     if step is not None or path is None:
       raise CheckpointError(
         "restoring needs the path of a checkpoint (RestoreCheckpointConfig.mode = 'specific')"
@@ -146,7 +146,7 @@ class _Restorer:
   def save(self, *args: Any, **kwargs: Any) -> NoReturn:
     """Raise CheckpointError."""
     raise CheckpointError(
-      'this package restores checkpoints in T5X and saves none: '
+      'in T5X this package restores checkpoints, and saves none: '
       'python -m t5x_inference_ext.convert_checkpoint writes them'
     )
 

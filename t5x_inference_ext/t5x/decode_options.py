@@ -1,4 +1,4 @@
-"""Options of T5X's decode_fn, for slot refill: each is followed, or refused with a reason.
+"""Options of T5X's decode_fn with slot refill: each is either followed, or refused with a reason.
 
 Slot refill does not call decode_fn. It reads the options that gin or functools.partial binds to
 decoding.temperature_sample, and samples accordingly.
@@ -59,7 +59,7 @@ def decode_options(decode_fn: DecodeFn) -> DecodeOptions:
   parameters = inspect.signature(decoding.temperature_sample).parameters
   defaults = {name: parameter.default for name, parameter in parameters.items()}
   for name, value in bound.items():
-    # True is T5X's default, which is ignored here; but if it is bound explicitly, it is refused.
+    # True is T5X's default: as a default it is ignored, but an explicit binding to True is refused.
     asked_for = name == 'rescale_log_probs' and value
     if asked_for or (name not in (*_TAKEN, 'rescale_log_probs') and value != defaults.get(name)):
       raise RequestError(
@@ -102,7 +102,7 @@ def _bound_options(decode_fn: DecodeFn) -> dict[str, Any]:
       with gin.config_scope(None):  # T5X calls the function outside of gin scopes
         return gin.get_bindings(decode_fn)
     except ValueError:
-      pass  # not gin's configurable itself: a scoped reference, @scope/decoding.temperature_sample
+      pass  # a scoped reference, @scope/decoding.temperature_sample, not the configurable itself
   name = getattr(decode_fn, '__name__', repr(decode_fn))
   raise RequestError(
     f'slot refill chooses tokens as decoding.temperature_sample does, and has no decode_fn {name!r}'

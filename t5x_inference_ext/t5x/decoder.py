@@ -1,4 +1,4 @@
-"""T5X's DecoderOnlyModel with this package's prefill, decode steps and scores on a mesh."""
+"""T5X's DecoderOnlyModel, with prefill, decode steps and scores of this package on a mesh."""
 
 from collections.abc import Callable, Mapping, MutableMapping
 import dataclasses
@@ -103,8 +103,8 @@ class ShardedDecoder(models.DecoderOnlyModel):
   ) -> jax.Array | tuple[jax.Array, Mapping[str, Any]]:
     """Return each row's sum of weight * log p(target) over positions, [B] float32.
 
-    With return_intermediates, return also T5X's dict of intermediates: the targets, their weights
-    and the log-probabilities of single tokens.
+    With return_intermediates, also return T5X's dict of intermediates: targets, their weights, and
+    each token's log-probability.
     """
     self._check(batch)
     tokens, targets, weights = (
@@ -135,7 +135,7 @@ class ShardedDecoder(models.DecoderOnlyModel):
     return jnp.pad(scores[:rows], ((0, 0), (skipped, 0)))
 
   def _model_inputs(self, tokens: jax.Array) -> tuple[jax.Array, int]:
-    """Convert T5X's inputs [B, L] to model inputs; return them and how many columns were dropped.
+    """Return (T5X's inputs [B, L] as model inputs, number of columns dropped).
 
     Column 0 of T5X's inputs is id 0. It is replaced by the model's BOS, or dropped if the model has
     none.
@@ -152,7 +152,7 @@ class ShardedDecoder(models.DecoderOnlyModel):
     mutable: Any = False,
     other_variables: Any = None,
   ) -> jax.Array:
-    """Return logits [B, L, V] float32 after each position; zeros at position 0 without BOS."""
+    """Return logits [B, L, V] float32 at all positions; zeros at position 0 without BOS."""
     del dropout_rng, mutable, other_variables  # unused: nothing here is random or mutable
     self._check(batch)
     tokens = batch['decoder_input_tokens']
@@ -169,8 +169,8 @@ class ShardedDecoder(models.DecoderOnlyModel):
     Args:
       params: The parameters.
       inputs: [B, L] int32, BOS and the prompt, then 0. The mesh must divide B.
-      causal_attention_mask: [B, L], 1 at BOS and the prompt. Lengths come from here and not from
-        the ids, so that an id 0 in a prompt does not shorten it.
+      causal_attention_mask: [B, L], 1 at BOS and the prompt. Prompt lengths are computed from this
+        mask, not from ids, so that an id 0 in a prompt does not end it.
 
     Returns:
       The cache, and the position [B] of each prompt's last token; 0, the position of BOS, for an
@@ -196,7 +196,7 @@ class ShardedDecoder(models.DecoderOnlyModel):
     """
     del max_decode_length
     held, tokens = cache_from_t5x(decoding_state.cache), decoding_state.cur_token[:, 0]
-    if self._bos_id:  # for an empty prompt, T5X passes id 0 in place of BOS
+    if self._bos_id:  # for an empty prompt, T5X passes id 0 instead of BOS
       tokens = jnp.where(held.lengths == 0, self._bos_id, tokens)
     logits, cache = self.model.decode_step(weights_from_params(params), held, tokens)
     return logits, cache_to_t5x(cache)
@@ -204,14 +204,13 @@ class ShardedDecoder(models.DecoderOnlyModel):
   def _decode(
     self, decode_fn: DecodeFn, *, inputs: jax.Array, cache: Cache, num_decodes: int, **kwargs: Any
   ) -> tuple[jax.Array, jax.Array]:
-    """Call decode_fn for num_decodes samples (or beams) of each prompt.
+    """Return a decode_fn for num_decodes samples (or beams) of each prompt.
 
     Prefill returns a cache for decode steps of B rows, and decode_fn repeats each row num_decodes
-    times. B rows may be split over fewer devices than B * num_decodes rows are, with heads split
-    over the others. The number of heads in the cache, padding and copies included, depends on this
-    split. So the cache is first converted to the heads that the decode steps need. Rows move
-    between devices only once, when decode_fn repeats them, since all steps of its loop use one
-    sharding.
+    times. B rows may be split over fewer devices than B * num_decodes rows, and then heads are
+    split over the others. The cache's number of heads, with padding and copies, depends on this
+    split. So the cache is first converted to the heads of the decode steps. When decode_fn repeats
+    the rows, they are resharded, and then stay: all steps of its loop have one sharding.
     """
     rows = inputs.shape[0]
     held, wanted = (self.model.decode_sharding(rows * n).heads.cached() for n in (1, num_decodes))
@@ -222,7 +221,7 @@ class ShardedDecoder(models.DecoderOnlyModel):
     return decode_fn(inputs=inputs, cache=cache, num_decodes=num_decodes, **kwargs)
 
   def _padded_batch(self, rows: int, copies: int = 1) -> int:
-    """Return the smallest batch >= `rows` that the mesh divides, also when repeated `copies` times.
+    """Return the smallest batch >= `rows` that the mesh divides, as does `copies` times the batch.
 
     On one device, `rows` is returned without a comparison, because it may be a symbolic dimension
     of jax.export, which can't be compared.
@@ -243,7 +242,7 @@ class ShardedDecoder(models.DecoderOnlyModel):
 def _pad_rows(x: Array, rows: int) -> jax.Array:
   """Return x [B, ...] padded to [rows, ...] with copies of its last row.
 
-  A copy ends when its original ends, so padding never makes decoding longer.
+  A copy ends with its original row, so padding never makes decoding longer.
   """
   return jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1), mode='edge')
 

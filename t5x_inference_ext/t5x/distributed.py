@@ -1,4 +1,4 @@
-"""Start of T5X's commands on several processes, for which they have no flags (distributed.gin)."""
+"""Join several processes of a T5X command, which has no flags for that (distributed.gin)."""
 
 from typing import TypeVar
 
@@ -16,12 +16,13 @@ def initialized(
 ) -> T:
   """Join this process to the others of its run, and return `value`.
 
-  It must run before T5X's command first uses jax's devices, so gin binds this call to a parameter
-  that is evaluated earlier. t5x.infer first uses devices when it writes its configuration, for
-  which it evaluates infer.output_dir. The other commands first use them when the model is made.
+  This has to run before T5X's command first uses jax's devices, so gin binds the call to a
+  parameter that is evaluated earlier. t5x.infer first uses devices when it writes its
+  configuration; for that it evaluates infer.output_dir. Other commands first use devices when they
+  construct the model.
 
   Args:
-    value: Value to return, that of the gin parameter to which this call is bound.
+    value: The value to return: that of the gin parameter to which this call is bound.
     coordinator_address: 'host:port' of process 0; see rendezvous.ProcessOptions.
     num_processes: Number of processes of the run.
     process_id: Index of this process.

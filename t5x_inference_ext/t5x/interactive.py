@@ -1,4 +1,4 @@
-"""T5X's InteractiveModel with this package's restore class, for which T5X has no option."""
+"""T5X's InteractiveModel with this package's checkpointer, for which T5X has no option."""
 
 import dataclasses
 import functools
@@ -24,8 +24,8 @@ class InferenceInteractiveModel(interactive_model.InteractiveModel):
     self._checkpointer_cls = functools.partial(InferenceCheckpointer, model=model)
     super().__init__(model=model, **kwargs)
 
-  # T5X's constructor sets these two configurations, with its own restore class, and later reads
-  # them. The setters replace the class by this package's.
+  # T5X's constructor assigns these two configurations, with T5X's checkpointer, and reads them
+  # later. These setters replace the checkpointer by this package's.
 
   @property
   def _restore_checkpoint_cfg(self) -> utils.RestoreCheckpointConfig | None:

@@ -46,8 +46,8 @@ class InferenceModel(ShardedDecoder):
 
   Args:
     vocabulary: Vocabulary of inputs and targets.
-    checkpoint: str. Directory of a checkpoint, from which the model's config and the dtype of its
-      weights are read, but not the weights. None: `config` is required.
+    checkpoint: str. Directory of a checkpoint. Only the model's config and the dtype of its weights
+      are read from it. None: `config` is required.
     config: ModelConfig. Must equal that of the checkpoint if both are given.
     int8: Whether the matrices are int8; only used without a checkpoint.
     mesh: 'XxYxZ', over the first X*Y*Z devices. None: the largest mesh that divides the model,
@@ -66,13 +66,13 @@ class InferenceModel(ShardedDecoder):
       arguments.
     task_feature_lengths: Lengths that the task's features are trimmed to, as T5X's datasets trim
       them. Prefill then runs over the length of inputs, instead of inputs and targets.
-    refill: Refill. Predictions run on the host, in decode slots that are kept full, with the
-      options of `decode_fn` as defaults (decode_options.py). None: T5X's loop over a batch.
+    refill: Refill. Predictions use slot refill, run from the host, with the options of `decode_fn`
+      as defaults (decode_options.py). None: T5X's loop over a batch.
     feature_converter_cls: See T5X.
     inputs_bidirectional_attention: Must be False. Accepted because T5X's configurations bind it.
     **conventions: Arguments of open_checkpoint: properties of a T5X checkpoint that its weights do
-      not show. Not needed if T5X's own model, configured in an earlier gin file, or a file beside
-      the checkpoint tells them.
+      not show. Not needed if they are stated by T5X's own model, configured in an earlier gin file,
+      or by a file beside the checkpoint.
 
   Raises:
     CheckpointError: There is no checkpoint, or it belongs to another model.
@@ -119,7 +119,7 @@ class InferenceModel(ShardedDecoder):
       models.DecoderOnlyModel.predict_batch_with_aux, 'return_all_decodes', 'num_decodes'
     )
     bos_id: int | None = BOS_ID
-    self.notes: tuple[str, ...] = ()  # assumptions about the checkpoint, for the log
+    self.notes: tuple[str, ...] = ()  # assumptions about the checkpoint, to log
 
     def open_with_conventions(path: str, config: ModelConfig | None = None) -> Checkpoint:
       """Open a checkpoint with the conventions that the user's gin files state."""
@@ -140,9 +140,9 @@ class InferenceModel(ShardedDecoder):
         "InferenceModel needs a checkpoint to read the model's shape from, or a config"
       )
     else:
-      said = Conventions(**conventions).said()
-      said.pop('rescale_logits', None)
-      config = dataclasses.replace(config, **said)
+      stated = Conventions(**conventions).stated()
+      stated.pop('rescale_logits', None)
+      config = dataclasses.replace(config, **stated)
     if vocabulary.vocab_size > config.vocab_size:
       raise RequestError(
         f"the vocabulary has {vocabulary.vocab_size} ids and the model's embedding "
@@ -167,7 +167,7 @@ class InferenceModel(ShardedDecoder):
 
   @property
   def refills(self) -> bool:
-    """Whether predictions run on the host, in decode slots that are kept full."""
+    """Whether predictions use slot refill, run from the host."""
     return self._predictor is not None
 
   def get_initial_variables(
@@ -195,11 +195,11 @@ class InferenceModel(ShardedDecoder):
   ) -> Predictions:
     """Return predictions and scores; see ShardedDecoder.predict_batch_with_aux.
 
-    If return_all_decodes or num_decodes is None, the value is the one that a gin file binds to
-    T5X's own method, models.DecoderOnlyModel.predict_batch_with_aux; else False or 1.
+    The defaults of return_all_decodes and num_decodes are those that a gin file binds to T5X's own
+    method, models.DecoderOnlyModel.predict_batch_with_aux, else False and 1.
 
-    A model with `refill` predicts on the host. If the step is traced (t5x.export, precompile), or
-    decoder_params are given, it predicts in T5X's loop.
+    A model with `refill` predicts from the host, but in T5X's loop if the step is traced
+    (t5x.export, precompile) or decoder_params are given.
     """
     if return_all_decodes is None:
       return_all_decodes = self._stock_options.get('return_all_decodes', False)
@@ -234,8 +234,8 @@ def _in_front() -> Conventions | None:
 def _stock_bindings(configurable: Callable, *names: str) -> dict[str, Any]:
   """Return the values that gin files bind to parameters of T5X's own model class or method.
 
-  A T5X configuration that is included before infer.gin binds options there. They would have no
-  effect if they were not read here.
+  A T5X configuration that is included before infer.gin binds options of T5X's classes. Only because
+  they are read here do they affect this model.
   """
   try:
     with gin.config_scope(None):

@@ -1,4 +1,4 @@
-"""A model's parameters for T5X: a flax module that declares the arrays on the devices.
+"""A flax module for T5X that declares a model's parameters, the arrays on the devices.
 
 The tree is model.weights.Weights as nested dicts: embedding, final_norm, final_norm_bias (with
 layer norm), and the layers. The layers are either one subtree `layers`, whose arrays have a leading
@@ -53,7 +53,7 @@ class Declaration:
     return (*stack, *self.tensor.axes)
 
   def initial(self, key: jax.Array) -> jax.Array:
-    """Return random values that keep activations of order 1.
+    """Return random values, scaled so that activations stay of order 1.
 
     They are used to measure speed and memory without a checkpoint.
     """
@@ -71,7 +71,7 @@ class Declaration:
 
 
 def declarations(model: Model, int8: bool, stacked: bool) -> dict[ParamPath, Declaration]:
-  """Return a model's parameters: path in T5X's tree -> declaration.
+  """Return the declarations of a model's parameters, by path in T5X's tree.
 
   Args:
     model: The model.

@@ -20,8 +20,8 @@ from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh, mesh_text, parse_mesh
 from t5x_inference_ext.t5x.refill import HostStep
 
-# T5X's exporter and precompiler need a mesh axis of this name. Its size is 1, so T5X does not split
-# batches, and any batch size is allowed; the model's layout splits batches later.
+# Mesh axis that T5X's exporter and precompiler require. Its size is 1, so that T5X does not split
+# batches, and any batch size is allowed. The model's layout splits batches later.
 DATA_AXIS = 'data'
 
 # Name of the function into which t5x.utils.get_infer_fn wraps a model's step.
@@ -49,21 +49,21 @@ def partitioner_rules(layout: Layout) -> Rules:
 class InferencePartitioner(partitioning.PjitPartitioner):
   """Runs T5X's functions on an inference_mesh, with the rules of a layout (sharding.axis_rules).
 
-  T5X derives the sharding of weights from the rules: to restore weights, to partition functions of
-  them, and to write model-info.txt. Both phases share one set of weights, and so one set of rules.
+  From the rules T5X derives the sharding of weights, to restore them, to partition functions of
+  them, and to write model-info.txt. Both phases share the weights, and so the rules.
 
-  The active rules do not cover activations. Prefill, decode steps and scores run under shard_map,
-  with the layout's sharding of activations and KV cache, which `phase_rules` only describes. Phases
-  do not declare weights again. T5X's own modules do, and would gather all weights if the active
-  rules lacked the weights' axes.
+  These rules do not cover activations, because prefill, decode steps and scores run under shard_map
+  with the layout's own sharding of activations and KV cache; `phase_rules` describes that sharding.
+  (T5X's own modules declare weights inside each function, and gather all weights if the active
+  rules lack the weights' axes. The phases here do not.)
 
   Args:
     model: An InferenceModel. The partitioner uses its mesh and layout.
     mesh: 'XxYxZ', if there is no model yet.
     layout: Layout of either phase, 'feedforward/attention'; only used with `mesh`.
     executable: Path of a file written by saved_step.save_infer_step. Its program replaces
-      t5x.infer's step, which is then not compiled. Loading a file runs code that is in it, so load
-      only files that you made.
+      t5x.infer's step, which is then not compiled. Loading the file runs code from it, so load only
+      files that you made.
 
   Raises:
     MeshError: Both model and mesh are given, or neither; or the mesh needs more devices than there
@@ -162,7 +162,7 @@ class InferencePartitioner(partitioning.PjitPartitioner):
   ) -> partitioning.LocalChunkInfo:
     """Return the slice of an array that this process holds.
 
-    T5X's own version does not support an axis split by several mesh axes.
+    T5X's own method does not support an array axis that is split by several mesh axes.
 
     Args:
       global_shape: Shape of the whole array.
@@ -178,7 +178,7 @@ class InferencePartitioner(partitioning.PjitPartitioner):
       axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
       used.update(axes)
       chunk, chunks = 0, 1
-      whole = True  # whether no earlier axis is split within the process
+      whole = True  # whether this process holds all earlier axes whole
       for axis in axes:
         if chunker.num_chunks[axis] > 1 and not whole:
           raise MeshError(
@@ -194,7 +194,7 @@ class InferencePartitioner(partitioning.PjitPartitioner):
 
 
 class SavedStep:
-  """A partitioned step that is loaded from a file at its first call.
+  """A step whose compiled program is loaded from a file at the first call.
 
   Args:
     path: The file.

@@ -1,4 +1,4 @@
-"""Compilation of an inference step without weights; T5X's own precompile is for training."""
+"""Compile an inference step without weights. (T5X's own precompile is for training.)"""
 
 from collections.abc import Callable, Mapping
 

@@ -1,4 +1,4 @@
-"""Predictions for T5X with slot refill: the examples of a batch queue for decode slots.
+"""Slot refill in T5X: the examples of a batch wait in a queue for decode slots.
 
 T5X compiles one function, its step for a batch. Here that step runs on the host, with concrete
 arrays, and calls the package's own compiled programs. The batch size is the number of waiting
@@ -35,9 +35,9 @@ class Refill:
 
   Attributes:
     slots: Number of rows decoded together, rounded up to a number that the mesh can split.
-    sampling: How tokens are chosen; None: with the options of the model's decode_fn.
+    sampling: How tokens are chosen; None: as the options of the model's decode_fn say.
     max_new_tokens: Maximum number of new tokens of each prediction. None: max_decode_steps of the
-      model's decode_fn; if that is None too, until prompt and prediction fill the sequence, as in
+      model's decode_fn. If that is None too, prompt and prediction may fill the sequence, as in
       T5X.
     chunk: Maximum number of positions of a prompt in one prefill pass.
     budget: Maximum number of prompt tokens prefilled between two decode steps.
@@ -65,7 +65,7 @@ class Refill:
       parse_speculation(self.speculate)
 
   def with_defaults(self, options: DecodeOptions) -> 'Refill':
-    """Return these options, with the options of a decode_fn in place of None."""
+    """Return a copy in which options of a decode_fn replace None."""
     sampling, limit = self.sampling, self.max_new_tokens
     return dataclasses.replace(
       self,
@@ -77,7 +77,7 @@ class Refill:
 class Predictor:
   """Predicts batches with one scheduler.
 
-  A new scheduler is made for a batch with longer sequences or other parameters.
+  It makes a new scheduler for a batch with longer sequences or other parameters.
 
   Args:
     model: Decides mesh and layouts.

@@ -1,4 +1,4 @@
-"""Saving of the step that t5x.infer runs for each batch: compiled beforehand, kept in a file."""
+"""Compile the step that t5x.infer runs for each batch, and save it in a file."""
 
 from collections.abc import Mapping
 import os

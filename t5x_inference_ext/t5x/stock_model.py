@@ -1,7 +1,7 @@
-"""Conventions of T5X's own ("stock") model, if the user's gin files configure one before ours.
+"""Conventions of T5X's own ("stock") model, if the user's gin files configure it before ours.
 
-The stock module is built and traced without values, so that defaults of its classes count as well
-as gin bindings.
+The stock module is built and traced without values, so that both gin bindings and defaults of its
+classes are found.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ from t5x_inference_ext.errors import RequestError
 _LENGTH = 8  # number of tokens of the traced batch
 
 
-# Cache of the last result, keyed by the configuration's text: gin builds the model several times.
+# The last result, by the text of gin's configuration, because gin builds the model several times.
 _KNOWN: dict[str, Conventions | None] = {}
 
 

@@ -14,8 +14,8 @@ from t5x_inference_ext.errors import CheckpointError
 class CheckpointVocabulary(seqio.Vocabulary):
   """The vocabulary of a public model or a serving checkpoint, read from its files.
 
-  Bind it as the vocabulary of a task's features. Rows end with the first of the model's end ids.
-  Names of special tokens in a text are encoded as these tokens; decoding drops them.
+  Use it as the vocabulary of a task's features. Rows end with the first of the model's end ids. In
+  texts to encode, names of special tokens become their ids. Decoding drops special tokens.
 
   Args:
     checkpoint: Path of the checkpoint whose vocabulary the task uses.

@@ -1,8 +1,8 @@
 """The sandbox that chat templates run in.
 
 Jinja's own sandbox keeps a template away from the file system and from Python's internal
-attributes. This sandbox also limits steps and sizes of values, so that a template can't use up time
-or memory.
+attributes. This sandbox also limits the number of steps and the sizes of values, so that a template
+can't use up time or memory.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,18 +22,18 @@ _MAX_NUMBER = 10**18
 _METHODS = ('format', 'format_map', 'center', 'ljust', 'rjust', 'zfill', 'expandtabs', 'translate')
 _FILTERS = ('center', 'format', 'indent', 'wordwrap', 'urlize', 'pprint')
 
-# Looking at this many list items counts as one step.
+# Number of list items whose inspection counts as one step.
 _ITEMS = 100
 
 _steps: contextvars.ContextVar[int] = contextvars.ContextVar('steps', default=0)
 
 
 class LimitExceeded(Exception):
-  """A template exceeded a limit. The message completes "the chat template ..."."""
+  """A template exceeded a limit. Messages continue "the chat template ..."."""
 
 
 class MessagesRefused(Exception):
-  """A template called raise_exception, as templates do for messages that they don't support."""
+  """A template called raise_exception: it does not support these messages."""
 
 
 def start_steps() -> None:
@@ -53,7 +53,7 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 class _Bounds(visitor.NodeTransformer):
-  """Inserts checks into a parsed template for operations that the environment doesn't see."""
+  """Inserts checks into a parsed template, for operations that _Sandbox does not intercept."""
 
   def _counted(self, node: Any) -> Any:
     self.generic_visit(node)
@@ -147,7 +147,7 @@ def _environment() -> jinja2.Environment:
 def _with_bounds(function: Callable) -> Callable:
   """Wrap a filter, so that the sizes of its arguments and of its result are checked."""
 
-  @functools.wraps(function)  # keeps Jinja's attribute that says which arguments the filter gets
+  @functools.wraps(function)  # copies Jinja's attribute that says which arguments the filter gets
   def bounded(*args: Any, **kwargs: Any) -> Any:
     for arg in (*args, *kwargs.values()):
       _bounded(arg)

@@ -42,7 +42,7 @@ class ChatTemplate:
       add_generation_prompt: Whether to end the text with the header of an answer.
       tools: Descriptions of functions that the model may call.
       bos_token: Text of BOS, for templates that include it.
-      eos_token: Text of the token that ends a turn, for templates that ask for it.
+      eos_token: Text of the token that ends a turn, for templates that use it.
       **values: Further variables of the template.
 
     Raises:

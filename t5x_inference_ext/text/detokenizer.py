@@ -11,10 +11,10 @@ _LONGEST = 4  # number of bytes of the longest UTF-8 character
 class Detokenizer:
   """Decodes a row's tokens one after another, and never splits a character. Picklable.
 
-  The time of a push depends on its own tokens, not on the row's length. The concatenated results of
-  all pushes and of `finish` equal the text of prompt and row decoded together, minus the text that
-  the prompt's ids alone determine. So the first space of a completion is kept, and a character that
-  begins in the prompt is returned whole.
+  `push` takes time in proportion to its own tokens, not to the row's length. The results of all
+  pushes and of `finish`, concatenated, are the text of prompt and row decoded together, without the
+  part that the prompt's ids alone determine. So the first space of a completion is kept, and a
+  character that begins in the prompt is returned whole.
 
   Args:
     vocabulary: The vocabulary of the row.
@@ -53,7 +53,7 @@ class Detokenizer:
     return text
 
   def _kept(self, text: str) -> str:
-    """Return a text without leading spaces, as long as some are still to be dropped."""
+    """Return a text without the leading spaces that are still to be dropped."""
     if not self._spaces or not text:
       return text
     dropped = count_leading_spaces(text, self._spaces)

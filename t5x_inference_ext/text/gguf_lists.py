@@ -51,7 +51,7 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
   'falcon': _FALCON,
   'bloom': _split(_BLOOM),
 }
-# Pre-tokenizers whose models look up whole words as tokens first, without merges.
+# Pre-tokenizers of models that first look up a whole word as a token, before any merges.
 _IGNORE_MERGES = ('llama-bpe', 'llama3', 'llama-v3')
 
 
@@ -129,7 +129,7 @@ def _bpe_parts(where: str, pre: str, merges: list[list[str]]) -> dict[str, Any]:
   """Return the parts of a tokenizer.json of byte-level BPE, without its vocabulary."""
   if pre not in PRE_TOKENIZERS:
     raise RequestError(
-      f'{where} cuts texts as "{printable(pre, 80)}", which is not known: known are '
+      f'{where} has the pre-tokenizer "{printable(pre, 80)}", which is not known: known are '
       f'{", ".join(PRE_TOKENIZERS)}; use the tokenizer.json of the model'
     )
   wrong = next((merge for merge in merges if len(merge) != 2), None)
@@ -169,7 +169,7 @@ def _sentencepiece_parts(
 def _merges_of_scores(
   vocab: dict[str, int], types: Sequence[int], scores: Sequence[float]
 ) -> list[list[str]]:
-  """Return all merges of two tokens into a third, in descending order of the third's score."""
+  """Return all merges of two tokens into a third, sorted by the third's score, highest first."""
   normal = {token for token, i in vocab.items() if types[i] not in (_UNKNOWN, _CONTROL, _BYTE)}
   found = []
   for token in normal:

@@ -1,4 +1,4 @@
-"""Grammars, which restrict the text of a row."""
+"""Grammar: a restriction of a row's text."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -20,7 +20,7 @@ GrammarKind = Literal['json_schema', 'json_object', 'regex', 'lark']
 
 @dataclasses.dataclass(frozen=True)
 class Grammar:
-  """The language that a row's new text must be in. Hashable and picklable.
+  """A grammar that the new text of a row must satisfy. Hashable and picklable.
 
   Attributes:
     kind: How the grammar is written: 'json_schema', 'json_object', 'regex' or 'lark'.
@@ -49,7 +49,8 @@ class Grammar:
       )
     if len(self.source) > MAX_GRAMMAR:
       raise RequestError(
-        f'grammar: {self.noun} has {len(self.source)} characters: at most {MAX_GRAMMAR} are taken'
+        f'grammar: {self.noun} has {len(self.source)} characters, more than the limit of '
+        f'{MAX_GRAMMAR}'
       )
     try:
       self.source.encode('utf-8')

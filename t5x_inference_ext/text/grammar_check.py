@@ -1,4 +1,4 @@
-"""Trial compilation of untrusted grammars in a subprocess, which they may hang or crash.
+"""Trial compilation of untrusted grammars, in a subprocess because they may hang or crash it.
 
 The library that compiles grammars is native code, which can't be interrupted. Some grammars keep it
 busy for minutes; others overflow its stack and crash the process.
@@ -29,16 +29,16 @@ GRAMMAR_SECONDS = 2.0  # time limit for compiling a grammar
 GRAMMAR_MEMORY = 2**30  # memory limit of the whole subprocess, in bytes
 START_SECONDS = 60.0  # time limit for starting the subprocess, on a busy machine
 CHECK_WAIT_SECONDS = 10.0  # time limit for waiting while other grammars are tried
-# A thread's stack usually has 8 MiB, so a grammar that compiles with this stack will not overflow
-# it.
+# Stack of the subprocess. A thread's stack usually has 8 MiB, so a grammar that compiles with this
+# one will not overflow a thread's.
 _STACK = 2**20
 
 
 class GrammarCheck:
   """Compiles grammars in a subprocess, to see whether they can be used. Thread-safe.
 
-  The subprocess starts with the first grammar, and again after a grammar that ended it. It ends
-  with this object or with this process.
+  The subprocess starts with the first grammar, and is restarted after a grammar that killed it. It
+  ends when this object is closed or this process ends.
 
   Args:
     texts: Bytes of the model's tokens.
@@ -58,7 +58,7 @@ class GrammarCheck:
     """
     if not self._lock.acquire(timeout=CHECK_WAIT_SECONDS):
       raise RequestError(
-        f'grammar: it was not checked within {CHECK_WAIT_SECONDS:g} s, as others are: try again'
+        f'grammar: others are being checked, for more than {CHECK_WAIT_SECONDS:g} s: try again'
       )
     try:
       if self._child is None:
@@ -127,7 +127,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def answer_checks() -> None:
-  """Run the subprocess: read grammars from stdin; for each write None or the reason of refusal."""
+  """Run the subprocess: for each grammar on stdin, write None or why it is refused."""
   import resource  # exists only on Unix, and only the subprocess needs it
 
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -142,7 +142,8 @@ def answer_checks() -> None:
       kind, source = pickle.load(sys.stdin.buffer)
     except EOFError:
       return
-    # Ends this process even if its parent is gone: only a fatal signal stops a native loop.
+    # A fatal signal, the only way to stop a native loop, ends this process even if its parent is
+    # gone.
     signal.alarm(math.ceil(GRAMMAR_SECONDS) + 1)
     answers: list[str | None] = []
     thread = threading.Thread(target=_try, args=(Grammar(kind, source), tokenizer, answers))

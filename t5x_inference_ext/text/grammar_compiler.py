@@ -15,27 +15,27 @@ from t5x_inference_ext.text.grammar import Grammar
 from t5x_inference_ext.text.vocabulary import Vocabulary
 from t5x_inference_ext.text_files import check_extra
 
-# Limits for the library, so that no grammar can use up time or memory. Comments give its default,
-# then what the limit counts.
+# Limits for the library, so that no grammar can use up time or memory. Each comment gives the
+# library's default, then what the limit counts.
 GRAMMAR_LIMITS: dict[str, Any] = {
-  'max_items_in_row': 1000,  # 2000. Ways to go on that the parser keeps for a position
-  'initial_lexer_fuel': 1_000_000,  # the same. Work to compile regular expressions
+  'max_items_in_row': 1000,  # 2000. Parser items kept for one position
+  'initial_lexer_fuel': 1_000_000,  # 1,000,000. Work to compile regular expressions
   'step_lexer_fuel': 100_000,  # 200,000. Work of the lexer for one mask
   'step_max_items': 10_000,  # 50,000. Work of the parser for one mask
   'max_lexer_states': 50_000,  # 250,000. Memory of a row's lexer, about 0.5 kB each
-  'max_grammar_size': 500_000,  # the same. Symbols of all rules
+  'max_grammar_size': 500_000,  # 500,000. Symbols of all rules
 }
-# White space that JSON may contain: enough for indentation, but not without limit.
+# White space allowed in JSON: enough for indentation, but limited.
 MAX_WHITESPACE = 20
 _WHITESPACE = f'[\\x20\\x0A\\x0D\\x09]{{1,{MAX_WHITESPACE}}}'
-# Allow every way to split the text into tokens. The library could enforce the tokenizer's own way,
-# but the cost of that is unbounded.
+# Allow every way to split a text into tokens. The library could enforce the tokenizer's own way,
+# but the time for that has no bound.
 _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 _MAX_REASON = 200  # maximum number of characters of the library's message to show
 
 
 class GrammarRefused(Exception):
-  """The grammar can't be used. The message completes "the regex ..."."""
+  """The grammar can't be used. Messages continue "the regex ..." (Grammar.noun)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,8 @@ class TokenBytes:
   """The bytes of a model's tokens. Picklable.
 
   Attributes:
-    pieces: V + 1 byte strings: each token's bytes (empty for tokens without text), then an extra
-      end token's.
+    pieces: V + 1 byte strings: the bytes of each token (empty for tokens without text), then those
+      of an extra end token.
     special: Ids of special tokens, whose pieces are their names. A grammar's text never matches
       them.
   """
@@ -62,7 +62,7 @@ class TokenBytes:
     """
     pieces = [vocabulary.piece(token, special=True) for token in range(vocab_size)]
     special = [i for i, piece in enumerate(pieces) if piece and not vocabulary.piece(i)]
-    # End tokens differ between requests, so the library is given only the extra one.
+    # End tokens differ between requests, so the library gets only the extra end token.
     return cls([*pieces, b'<end>'], [*special, vocab_size])
 
 
@@ -97,7 +97,7 @@ def compile_grammar(grammar: Grammar, tokenizer: Any) -> Any:
   """Compile a grammar; return an llguidance.LLMatcher in its start state.
 
   Raises:
-    GrammarRefused: The library refuses the grammar, or no text that the vocabulary can write
+    GrammarRefused: The library refuses the grammar, or the vocabulary can't write any text that
       satisfies it.
   """
   import llguidance
@@ -118,11 +118,11 @@ def compile_grammar(grammar: Grammar, tokenizer: Any) -> Any:
 
 
 def match_error(matcher: Any, *, line: bool = False) -> str:
-  """Return why a matcher failed, in the library's words, escaped and cut.
+  """Return the library's message on why a matcher failed, escaped and cut to _MAX_REASON.
 
   Args:
     matcher: An llguidance.LLMatcher with an error.
-    line: Whether to say where in the grammar.
+    line: Whether to include line and column of the error in the grammar.
   """
   text, _, rest = matcher.get_error().partition('\n')
   if text.startswith('NoExtensionBias'):
@@ -143,7 +143,7 @@ def _library_source(grammar: Grammar) -> str:
 
   if grammar.kind == 'lark':
     if grammar.source.lstrip().startswith('{'):  # the library's own format has no such limits
-      raise GrammarRefused("begins with '{', which no rule does")
+      raise GrammarRefused("begins with '{', which no rule can begin with")
     return grammar.source + _OPTIONS
   if grammar.kind == 'regex':
     listed = json.loads(llguidance.LLMatcher.grammar_from_regex(grammar.source))
@@ -153,6 +153,6 @@ def _library_source(grammar: Grammar) -> str:
     schema = {}
   if isinstance(schema, dict):
     own = schema.get('x-guidance', {})
-    if isinstance(own, dict) and 'whitespace_flexible' not in own:  # it would override the pattern
+    if isinstance(own, dict) and 'whitespace_flexible' not in own:  # would override the pattern
       schema['x-guidance'] = {'whitespace_pattern': _WHITESPACE, **own}
   return f'start: %json {json.dumps(schema)}{_OPTIONS}'

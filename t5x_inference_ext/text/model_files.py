@@ -1,4 +1,4 @@
-"""Reading of BOS, end tokens and chat template from the config files of a public model."""
+"""Read BOS, end tokens and chat template from the config files of a public model."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -14,7 +14,7 @@ from t5x_inference_ext.text.settings import (
 )
 from t5x_inference_ext.text.vocabulary import Vocabulary
 
-# Returns the content of a file of the directory; None if the file does not exist.
+# Function from a file's name to its content; None if the file does not exist.
 ReadFile = Callable[[str], bytes | None]
 _TOKENIZER, _GENERATION, _MODEL = 'tokenizer_config.json', 'generation_config.json', 'config.json'
 _TEMPLATE = 'chat_template.jinja'
@@ -22,7 +22,7 @@ _TEMPLATE = 'chat_template.jinja'
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-  """The content of the text-related files of a transformers model, without the vocabulary.
+  """The text-related config files of a transformers model. The vocabulary is separate.
 
   Attributes:
     directory: The directory, for messages.
@@ -52,10 +52,10 @@ class ModelFiles:
       raise CheckpointError(f'{directory}/{_TEMPLATE} is not UTF-8: {error}') from error
 
   def settings(self, vocabulary: Vocabulary | None, source: str = 'given') -> TextSettings:
-    """Return the text settings that these files and a vocabulary give.
+    """Return the text settings of these files, with a vocabulary.
 
     Args:
-      vocabulary: The vocabulary; None: it is unknown, and the settings get the kind 'none'.
+      vocabulary: The vocabulary. None: it is unknown, and the settings get the kind 'none'.
       source: Where the vocabulary comes from, or why it is unknown.
 
     Raises:
@@ -73,7 +73,7 @@ class ModelFiles:
     return settings_of_vocabulary(vocabulary, **fields)
 
   def _bos_id(self, vocabulary: Vocabulary | None) -> int | None:
-    """Return BOS as add_bos_token of tokenizer_config.json says, else as the vocabulary does.
+    """Return the BOS of prompts, by add_bos_token of tokenizer_config.json, else the vocabulary.
 
     If neither says that prompts begin with BOS, return None, even if the model has a BOS token.
     """

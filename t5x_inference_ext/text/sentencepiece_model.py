@@ -43,7 +43,7 @@ class SentencePieceVocabulary(Vocabulary):
     import sentencepiece  # imported here because few runs need it
 
     try:
-      # From an empty file, the library would make a processor without a model.
+      # The library accepts an empty file, and makes a processor without a model.
       model = sentencepiece.SentencePieceProcessor(model_proto=self._data or b'\0')
       if model.get_piece_size() > 0:
         return model
@@ -95,7 +95,7 @@ class SentencePieceVocabulary(Vocabulary):
     return {MODEL_FILE: self._data}
 
   def _dropped_spaces(self) -> int:
-    """Return how many leading spaces of a text the model's own decoding drops."""
+    """Return the number of leading spaces that the model's own decoding drops from a text."""
     model = self._model
     words = (i for i in range(self.size) if model.id_to_piece(i).startswith(SPACE_SIGN))
     word = next((i for i in words if len(model.id_to_piece(i)) > 1), None)

@@ -13,8 +13,7 @@ from t5x_inference_ext.text.tokenizer_json import TOKENIZER_FILE, TokenizerVocab
 from t5x_inference_ext.text.vocabulary import BYTE_ROWS, ByteVocabulary, Vocabulary, check_size
 
 BOS_ID, EOS_ID = 0, 1  # T5X shifts targets right, with 0 as BOS; its vocabularies' EOS is 1
-# Kind of vocabulary -> its files. With 'none', the vocabulary is unknown, except BOS and end
-# tokens.
+# Kind of vocabulary -> its files. 'none': only BOS and end tokens are known.
 KINDS: dict[str, tuple[str, ...]] = {
   'none': (),
   'bytes': (),
@@ -38,9 +37,9 @@ class TextSettings:
     kind: Kind of the vocabulary, a key of KINDS.
     files: The vocabulary's files: name -> content.
     name: Name of the vocabulary in messages, such as its file's path.
-    source: Why this vocabulary is used: 'given', 'recorded' or the reason for an assumption; or why
-      no vocabulary is known.
-    bos_id: The id that is put in front of a prompt; None: no id is.
+    source: Why this vocabulary is used: 'given', 'recorded', or the reason of an assumption.
+      Without a vocabulary, why it is unknown.
+    bos_id: The id in front of every prompt; None if there is none.
     end_ids: The ids that end a row.
     chat_template: The chat template, or None.
     generation_defaults: Recommended sampling options, with keys of DEFAULTS.
@@ -76,7 +75,7 @@ class TextSettings:
 
   @property
   def front(self) -> tuple[int, ...]:
-    """The ids in front of a prompt: BOS, or none."""
+    """The ids in front of every prompt: (BOS,) or ()."""
     return () if self.bos_id is None else (self.bos_id,)
 
   @property
@@ -154,7 +153,7 @@ class TextSettings:
 
 
 def settings_of_vocabulary(vocabulary: Vocabulary, **fields: Any) -> TextSettings:
-  """Return settings for an open vocabulary; `fields` are other attributes of TextSettings."""
+  """Return settings with this vocabulary. `fields`: other attributes of TextSettings."""
   settings = TextSettings(
     vocabulary.kind,
     vocabulary.files(),
@@ -168,12 +167,12 @@ def settings_of_vocabulary(vocabulary: Vocabulary, **fields: Any) -> TextSetting
 
 
 def unknown_vocabulary(**fields: Any) -> TextSettings:
-  """Return settings without a vocabulary; `fields` are other attributes of TextSettings."""
+  """Return settings without a vocabulary. `fields`: other attributes of TextSettings."""
   return TextSettings('none', name='none', **fields)
 
 
 def assumed_settings(rows: int) -> TextSettings:
-  """Return the settings to assume for a T5X checkpoint without any: bytes if it has 384 rows."""
+  """Return the settings assumed for a T5X checkpoint that has none: bytes if V is 384."""
   if rows != BYTE_ROWS:
     return unknown_vocabulary(source=f'not known for {rows} rows')
   return settings_of_vocabulary(ByteVocabulary(), source=f'assumed from {rows} rows')

@@ -9,9 +9,9 @@ from t5x_inference_ext.errors import RequestError
 class StopTexts:
   """Finds stop texts in a text that arrives in pieces. Picklable.
 
-  The result is the stop text that ends first; of several that end at one position, the longest. It
-  does not depend on how the text is divided into pieces. The time of a push is proportional to its
-  number of characters times the number of stop texts.
+  The stop text that ends first is found; of several that end at one position, the longest. The
+  result does not depend on how the text is divided into pieces. `push` takes time in proportion to
+  its number of characters times the number of stop texts.
 
   Args:
     texts: The stop texts.
@@ -28,14 +28,14 @@ class StopTexts:
     self._held = ''
 
   def push(self, delta: str, may_stop: bool = True) -> tuple[str, str | None]:
-    """Append a piece; return the text to release, and the stop text that was found or None.
+    """Append a piece; return (text to release, stop text found or None).
 
     Args:
       delta: The next piece of text.
-      may_stop: Whether a stop text may end in this piece; if not, it is ordinary text.
+      may_stop: Whether a stop text may end in this piece. If False, the piece is ordinary text.
 
     Returns:
-      (text that can't become part of a stop text any more, stop text found or None). Text from the
+      The text to release can no longer become part of a stop text. Text from the beginning of the
       stop text on is never released.
     """
     held = self._held + delta
@@ -59,12 +59,12 @@ class StopTexts:
     return held
 
   def _kept(self, i: int) -> int:
-    """Return how many characters at the row's end may still become part of stop text `i`."""
+    """Return the number of last characters that may still become part of stop text `i`."""
     matched = self._matched[i]
     return matched if matched < len(self._texts[i]) else self._borders[i][-1]
 
   def _advanced(self, i: int, character: str) -> int:
-    """Return how much of stop text `i` the row ends with after one more character."""
+    """Return the matched length of stop text `i` after one more character."""
     text, borders, matched = self._texts[i], self._borders[i], self._matched[i]
     while matched == len(text) or (matched and text[matched] != character):
       matched = borders[matched - 1]
@@ -87,7 +87,7 @@ def check_stop_texts(texts: Sequence[str]) -> None:
 
 
 def cut_at_stop(text: str, stops: Sequence[str], begin: int = 0) -> str:
-  """Cut a text before the first stop text that ends after its first `begin` characters."""
+  """Cut a text before its first stop text, ignoring those that end within `begin` characters."""
   finder = StopTexts(stops)
   first, _ = finder.push(text[:begin], may_stop=False)
   rest, found = finder.push(text[begin:])
@@ -97,16 +97,16 @@ def cut_at_stop(text: str, stops: Sequence[str], begin: int = 0) -> str:
 def likely_stop_ids(vocabulary: Any, text: str) -> list[list[int]]:
   """Return id sequences that usually encode a stop text.
 
-  A static batch on the devices sees ids, no text. With these sequences it ends most rows soon after
-  their stop text; StopTexts then finds the exact position. A text has several sequences, because
-  SentencePiece splits it differently at the beginning of a word than after other letters.
+  A static batch on the devices can compare only ids. With these sequences it ends most rows soon
+  after their stop text; StopTexts then finds the exact position. A stop text has several sequences,
+  because SentencePiece splits it differently at the beginning of a word and inside one.
 
   Args:
     vocabulary: A Vocabulary, or one of seqio.
     text: A stop text.
 
   Returns:
-    The sequences; [] if the vocabulary does not decode them to the same text, as after
+    The sequences; [] if they are not decoded to the stop text, for example because of
     normalization.
   """
   if text not in vocabulary.decode(list(vocabulary.encode(f'a{text}a'))):

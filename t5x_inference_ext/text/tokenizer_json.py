@@ -85,7 +85,7 @@ class TokenizerVocabulary(Vocabulary):
 
   @property
   def own_bos_id(self) -> int | None:
-    """The token that the file itself puts in front of a text; None: none."""
+    """The id that the tokenizer's post-processor puts in front of a text; None if it puts none."""
     with_specials, without = (
       self._tokenizer.encode('a', add_special_tokens=special).ids for special in (True, False)
     )
@@ -93,7 +93,7 @@ class TokenizerVocabulary(Vocabulary):
     return front[0] if front and with_specials[len(front) :] == without else None
 
   def encode(self, text: str) -> list[int]:
-    """Encode a text without BOS and end; names of special tokens in it become these tokens.
+    """Return the ids of a text, without BOS and EOS. Names of special tokens become their ids.
 
     Raises:
       UnicodeEncodeError: The text has a lone surrogate.
@@ -123,7 +123,7 @@ class TokenizerVocabulary(Vocabulary):
     return {TOKENIZER_FILE: self._data}
 
   def _read_decoder(self, state: Mapping[str, Any] | None) -> None:
-    """Find out how tokens become bytes; raise KeyError or TypeError for an unknown decoder."""
+    """Set how tokens become bytes; raise KeyError or TypeError for an unknown decoder."""
     if state is None:
       raise KeyError('none')
     parts = state['decoders'] if state['type'] == 'Sequence' else [state]

@@ -1,8 +1,7 @@
 """The vocabularies' interface, and UTF-8 bytes as a vocabulary.
 
-Every vocabulary gives the bytes that each token adds to a text. The text of ids is their
-concatenated bytes, decoded as UTF-8. So a stream of tokens can be decoded incrementally with an
-equal result (detokenizer.py).
+A vocabulary defines the bytes that each token adds to a text. To decode ids is to concatenate their
+bytes and decode them as UTF-8. So decoding token by token gives the same text (detokenizer.py).
 """
 
 import abc
@@ -42,7 +41,7 @@ class Vocabulary(abc.ABC):
 
   @property
   def own_bos_id(self) -> int | None:
-    """The id that the vocabulary's own library puts in front of a text; None: none.
+    """The id that the vocabulary's library puts in front of a text; None if it puts none.
 
     A checkpoint's settings take precedence.
     """
@@ -66,7 +65,7 @@ class Vocabulary(abc.ABC):
 
     Args:
       token: Any id. An id outside the vocabulary adds nothing.
-      special: Whether special tokens (BOS, end, chat roles) add their names; otherwise they add
+      special: Whether special tokens (BOS, EOS, chat roles) add their names. If False, they add
         nothing.
     """
 

@@ -1,4 +1,4 @@
-"""Choice and reading of the vocabulary of a run or a conversion."""
+"""Choose and read the vocabulary of a run or a conversion."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ PUBLIC_FILES = (TOKENIZER_FILE, 'tokenizer.model')
 
 
 def vocabulary_of_file(name: str, data: bytes) -> Vocabulary:
-  """Read a vocabulary file; its BOS is the one that its own library puts in front of a text.
+  """Read a vocabulary file. BOS is the id that its library puts in front of a text.
 
   Args:
     name: Path of the file. A name that ends with .json means a tokenizer.json, any other name a
@@ -99,8 +99,9 @@ def choose_settings(
 def _given(given: TextSettings, recorded: TextSettings) -> TextSettings:
   """Combine the settings of a requested vocabulary with the checkpoint's own settings.
 
-  BOS is the checkpoint's, because the model was trained with it (0 in T5X). A public model without
-  a known vocabulary may state its end ids. If it does not state BOS, the vocabulary's BOS is used.
+  The checkpoint's BOS is used, because the model was trained with it (0 in T5X). A public model
+  whose vocabulary is unknown may state its end ids, and these are used too. If it states no BOS,
+  the given vocabulary's is used.
   """
   if recorded.kind != 'none' or recorded.is_only_t5x:
     return dataclasses.replace(given, bos_id=recorded.bos_id)

@@ -110,9 +110,9 @@ def test_scoped_references_take_the_values_of_their_scopes():
 
 def test_a_file_of_another_model_says_nothing():
   for text in ('', 'X = 3\n', DECODER_ONLY.replace('t5x.examples.decoder_only', 'mine')):
-    assert not said(text).said()
+    assert not said(text).stated()
   ours = 'from t5x_inference_ext.t5x import models\nMODEL = @models.InferenceModel()\n'
-  assert not said(ours).said()
+  assert not said(ours).stated()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_the_runs_own_file_is_found(unscaled, inside, tmp_path):
   file = (unscaled if inside else unscaled.parent) / 'config.gin'
   file.write_text(FLAXFORMER)
   checkpoint = open_checkpoint(unscaled)
-  assert checkpoint.config == open_checkpoint(unscaled, **UNSCALED.said()).config
+  assert checkpoint.config == open_checkpoint(unscaled, **UNSCALED.stated()).config
   assert {s.source for s in checkpoint.conventions.values()} == {str(file)}
   assert f'mlp: swiglu ({file})' in checkpoint.notes
   convert(str(unscaled), str(tmp_path / 'out'))
@@ -161,7 +161,7 @@ def test_precedence(unscaled):
   """The stock model in front, then the run's file; what the user asks for may only agree."""
   file = unscaled.parent / 'config.gin'
   file.write_text(FLAXFORMER)
-  front = Conventions(**{**UNSCALED.said(), 'mlp': 'geglu'})
+  front = Conventions(**{**UNSCALED.stated(), 'mlp': 'geglu'})
   checkpoint = open_checkpoint(unscaled, stock=lambda: front)
   assert checkpoint.config.mlp == 'geglu'
   assert f'  mlp is swiglu by {file}, which {checkpoint.conventions["mlp"].source} overrules' in (
@@ -190,7 +190,7 @@ def test_palms_layer_alone_has_defaults(tmp_path):
   checkpoint = open_checkpoint(path)
   assert checkpoint.config == synthetic.CONFIG
   assert {s.source for s in checkpoint.conventions.values()} == {"assumed, PaLM's"}
-  assert set(checkpoint.conventions) == set(UNSCALED.said())
+  assert set(checkpoint.conventions) == set(UNSCALED.stated())
   (path / 'config.gin').write_text(FLAXFORMER)
   found = open_checkpoint(path)
   assert found.config.norm_scale == 'one' and found.conventions['rescale_logits'].value is False

@@ -120,13 +120,13 @@ def test_queries_multiplied_as_the_conversion_was_told(tmp_path):
   told = synthetic.told(config, rescale_logits=False)
   convert.convert(source, tmp_path / 'out', **told)
   verify(tmp_path / 'out', tmp_path / 'source')
-  with pytest.raises(CheckpointError, match='query_scale: .* are not what'):
+  with pytest.raises(CheckpointError, match='query_scale: .* differ from'):
     verify(tmp_path / 'out', tmp_path / 'source', rescale_logits=True)
 
 
 @pytest.mark.parametrize('form', FORMATS)
 def test_another_source(root, form):
-  with pytest.raises(CheckpointError, match='1 values from .* are not what .*other converts to'):
+  with pytest.raises(CheckpointError, match='1 values from .* differ from a conversion of .*other'):
     verify(root / form, root / 'other')
 
 

@@ -541,7 +541,7 @@ def test_rows_with_grammars_that_cannot_be_used(complaint, grammar, says):
 
 
 def test_a_static_batch_has_one_way_for_all(complaint):
-  assert 'their own `sampling`, which needs batching=continuous' in complaint(
+  assert '`grammar` or `sampling`, which need batching=continuous' in complaint(
     '{"prompt": "a", "sampling": {"temperature": 1}}\n', '--batching=static'
   )
 

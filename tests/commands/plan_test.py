@@ -205,7 +205,7 @@ def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
     ([*TINY, '--slice=h100'], 'h100 is a chip, not a slice; known slices: H100:1'),
     ([*TINY, '--slice=v9'], "no chip is called 'v9': a slice is written chip:shape"),
     ([*TINY, '--json=tests'], "can't write tests: it is a directory"),
-    ([*TINY, '--sweep', '--figures'], 'figures is for one plan, and sweep has many'),
+    ([*TINY, '--sweep', '--figures'], 'figures applies to a single plan, and sweep makes many'),
     ([*GIN, '--gin.SLICE=4'], 'SLICE must be text or None, got 4'),
     (
       [*GIN, '--gin.SLICE="v4:4x4x4"', '--gin.MESH=(4, 4, 4)'],
@@ -223,8 +223,11 @@ def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
     ),
     ([*TINY, '--json=/nowhere/plan'], "can't write /nowhere/plan: there is no directory"),
     ([*TINY, '--sweep', '--output_dir=/nowhere'], 'there is no directory /nowhere'),
-    ([*TINY, '--sweep', '--gin_output=plan.gin'], 'gin_output is for one plan, and sweep has many'),
-    ([*TINY, '--sweep', '--phase=decode'], 'phase is for one plan, and sweep has many'),
+    (
+      [*TINY, '--sweep', '--gin_output=plan.gin'],
+      'gin_output applies to a single plan, and sweep makes many',
+    ),
+    ([*TINY, '--sweep', '--phase=decode'], 'phase applies to a single plan, and sweep makes many'),
     ([*TINY, '--slice=H100:4', '--check'], 'H100:4 is not a TPU slice'),
     ([*TINY, *GIN], "--model and gin flags can't be mixed"),
     (GIN[:1], 'MODEL_CONFIG has no value'),
@@ -441,4 +444,4 @@ def test_a_pair_of_layouts_can_be_pinned(capsys):
   assert rows == [('ws_2d/batch', 'ws_2d/batch', '2x8x4', rows[0][3])]
   assert 'no other pair of layouts fits' in ' '.join(out.split())
   assert run(*PALM, '--layout=ws_2d/batch,ws_2d/batch,ws_2d/batch') == 2
-  assert 'layout is one for prefill and one for decode' in capsys.readouterr().err
+  assert 'layout must be PREFILL,DECODE or one layout for both' in capsys.readouterr().err

@@ -381,7 +381,7 @@ def test_requested_layouts_are_the_only_ones():
     (
       'ws_2d/batch/one_way,ws_2d/batch',
       RequestError,
-      'prices plain collectives, and ws_2d/batch/one_way',
+      'predicts plain collectives only, not ws_2d/batch/one_way',
     ),
   ],
 )

@@ -127,8 +127,8 @@ class TestStudies:
     assert run.service.between.p50 == pytest.approx(0.25, rel=0.01)
     assert run.candidate.config.slots == 4 and run.candidate.memory is None
     for arguments, words in (
-      ({'slots': 8}, 'prices are for one slice and its slots'),
-      ({'slots': None, 'slices': ('v4:1x1x1', 'v4:2x2x1')}, 'prices are for one slice'),
+      ({'slots': 8}, 'prices is for one slice and its slots'),
+      ({'slots': None, 'slices': ('v4:1x1x1', 'v4:2x2x1')}, 'prices is for one slice'),
       ({'slots': None, 'slices': ('v4:1x1x1',)}, 'is for 4 chips and v4:1x1x1 has 1'),
     ):
       with pytest.raises(RequestError, match=words):
@@ -154,9 +154,9 @@ def prices_file(tmp_path, step: float) -> str:
 @pytest.mark.parametrize(
   'options, words',
   [
-    ({'requests': 7}, 'requests is for a simulated service: give its trace or its rate'),
+    ({'requests': 7}, 'requests is for a simulated service: give --trace or --rate too'),
     ({'ttft_ms': 5.0}, 'ttft_ms is for a simulated service'),
-    ({'rate': '2,none'}, "rate must be numbers above 0, with commas, got '2,none'"),
+    ({'rate': '2,none'}, "rate must be numbers above 0, separated by commas, got '2,none'"),
     ({'rate': '0'}, 'rate must be numbers above 0'),
     ({'rate': '1', 'ttft_ms': 0}, 'ttft_ms must be above 0 and finite, got 0'),
     ({'rate': '1', 'length_spread': -0.5}, 'length_spread must be 0 or more and finite'),
@@ -212,16 +212,16 @@ class TestCommand:
     path.write_text('\n'.join(map(json.dumps, rows)))
     assert self.run(*self.SERVICE[:3], f'--trace={path}') == 0
     out = ' '.join(capsys.readouterr().out.split())
-    assert f'9 requests of {path}, 34 tokens in, 5 out in the mean' in out
+    assert f'9 requests of {path}, 34 tokens in, 5 out on average' in out
     assert '4 requests a second: the cheapest is v4:1x1x1 with 8 slots' in out
 
   @pytest.mark.parametrize(
     'argv, words',
     [
-      (['--rate=1', '--sweep'], 'sweep is for one plan, and a simulated service is none'),
-      (['--rate=1', '--gin_output=x.gin'], 'gin_output is for one plan'),
-      (['--rate=1', '--phase=decode'], 'phase is for one plan'),
-      (['--tpot_ms=5'], 'tpot_ms is for a simulated service: give its trace or its rate'),
+      (['--rate=1', '--sweep'], 'sweep applies to a single plan, and this run simulates a service'),
+      (['--rate=1', '--gin_output=x.gin'], 'gin_output applies to a single plan'),
+      (['--rate=1', '--phase=decode'], 'phase applies to a single plan'),
+      (['--tpot_ms=5'], 'tpot_ms is for a simulated service: give --trace or --rate too'),
       (['--trace=nowhere.jsonl'], "can't read nowhere.jsonl: No such file"),
       (['--rate=1', '--mesh=1x2x2'], 'mesh=1x2x2 needs one slice'),
     ],

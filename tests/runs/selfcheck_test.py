@@ -123,7 +123,7 @@ def test_a_part_that_fails_is_told_and_the_rest_goes_on(quick, monkeypatch, tmp_
   path = tmp_path / 'report.json'
   assert command.run(['selfcheck', '--mesh=1x1x1', f'--output={path}']) == 1
   out = capsys.readouterr().out
-  assert out.count('WRONG: ') == 2 and '2 things are wrong' in out and '\x1b' not in out
+  assert out.count('WRONG: ') == 2 and '2 problems were found' in out and '\x1b' not in out
   report = json.loads(path.read_text())
   assert report['right'] is False and len(report['problems']) == 2
   assert 'RuntimeError: the\\x1b[31m chip is on fire' in report['problems'][0]

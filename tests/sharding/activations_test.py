@@ -297,7 +297,7 @@ def test_what_sums_are_split_over(layout, rows, length, residual, summed):
     p = shard_activations(Layout.parse(layout), model, mesh, rows, length)
     assert tuple(map(''.join, p.residual)) == residual
     for part in model.block_parts:
-      assert p.sums_into(part) == summed[part.name]
+      assert p.reduce_scatter_dim(part) == summed[part.name]
 
 
 @pytest.mark.parametrize(

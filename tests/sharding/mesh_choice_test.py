@@ -26,7 +26,7 @@ from t5x_inference_ext.sharding.torus import (
   parse_slice,
   wraparound,
 )
-from t5x_inference_ext.sharding.traffic import layer_moves
+from t5x_inference_ext.sharding.traffic import layer_collectives
 
 MODELS = ('palm_8b', 'palm_62b', 'palm_540b')
 many = settings(deadline=None, derandomize=True, max_examples=100)
@@ -115,7 +115,7 @@ def _moved(config, mesh):
   sizes, rows = dict(zip(AXES, mesh)), math.prod(mesh)
   return sum(
     m.moved
-    for m in layer_moves(
+    for m in layer_collectives(
       config, shard_activations(Layout(), config, sizes, rows, 1), sizes, rows, 1
     )
   )

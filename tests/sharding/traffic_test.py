@@ -178,7 +178,7 @@ def feedforward_collectives(config: ModelConfig, layout: Layout, mesh, batch: in
     y = norm(x, w.norm, w.norm_bias, config, placed.residual[2])
     columns = project.inputs(y, w, column_widths(config, part, placed.heads.stored.shards))
     return x + project.outputs(
-      [mlp(columns, {}, config, placed, placed.sums_into(part) is not None)], w
+      [mlp(columns, {}, config, placed, placed.reduce_scatter_dim(part) is not None)], w
     )
 
   return compiled(
@@ -300,7 +300,7 @@ def test_a_feedforward_program_moves_the_papers_formulas(feedforward_programs, f
     ):
       assert (kind, k) == (wanted_kind, wanted_k)
       assert moved == pytest.approx(bytes_ * (k - 1) / k, rel=0.01)
-  predicted = traffic.feedforward_moves(c, Layout(feedforward), sizes, tokens, 4, 4)
+  predicted = traffic.feedforward_collectives(c, Layout(feedforward), sizes, tokens, 4, 4)
   assert by_kind(predicted) == pytest.approx(dict(expected), rel=1e-9)
 
 
@@ -392,7 +392,9 @@ def collective_counts(moves: list[Collective]) -> collections.Counter:
 def test_a_layer_moves_what_its_layout_predicts(name, layout, mesh, batch, length, int8):
   config, devices = MODELS[name], make_mesh(parse_mesh(mesh))
   placed = shard_activations(Layout.parse(layout), config, devices.shape, batch, length)
-  moves = traffic.layer_moves(config, placed, devices.shape, batch, length, 4, 1 if int8 else 4)
+  moves = traffic.layer_collectives(
+    config, placed, devices.shape, batch, length, 4, 1 if int8 else 4
+  )
   found = layer_collectives(config, placed, devices, batch, length, int8)
   assert hlo.moved(found) == pytest.approx(by_kind(moves), rel=1e-9)
   if not placed.layout.gathered_axes:
@@ -406,7 +408,7 @@ def test_a_layer_on_64_devices_moves_what_its_layout_predicts(large, index):
   name, layout, batch, length = LARGE_LAYERS[index]
   config, sizes = MODELS[name], mesh_sizes('4x4x4')
   placed = shard_activations(Layout.parse(layout), config, sizes, batch, length)
-  moves = traffic.layer_moves(config, placed, sizes, batch, length, 4, 4)
+  moves = traffic.layer_collectives(config, placed, sizes, batch, length, 4, 4)
   assert large['layers'][index] == pytest.approx(by_kind(moves), rel=1e-9)
 
 
@@ -466,9 +468,9 @@ def test_a_pass_moves_its_layers_its_lookup_and_its_logits(
   )
   of_pass = config, placed, devices.shape, batch, length
   moves = [
-    *traffic.embedding_moves(*of_pass, 4),
-    *config.num_layers * traffic.layer_moves(*of_pass, 4, 4),
-    *traffic.logits_moves(*of_pass, program.prefill_layout, 4, last=phase != 'logits'),
+    *traffic.embedding_collectives(*of_pass, 4),
+    *config.num_layers * traffic.layer_collectives(*of_pass, 4, 4),
+    *traffic.logits_collectives(*of_pass, program.prefill_layout, 4, last=phase != 'logits'),
   ]
   # Logits of all positions also gather a flag of each row and shard: whether it is broken.
   rel = 1e-4 if phase == 'logits' else 1e-9
@@ -537,7 +539,7 @@ FIGURE_3_MODEL = model(d_model=16384, d_ff=65536, block='serial', mlp='gelu')
 def figure_3_bytes(feedforward: str, tokens: int) -> int:
   return sum(
     m.bytes
-    for m in traffic.feedforward_moves(
+    for m in traffic.feedforward_collectives(
       FIGURE_3_MODEL, Layout(feedforward), mesh_sizes('4x4x4'), tokens, 2, 2
     )
   )
@@ -562,13 +564,13 @@ def test_figure_3_changes_layout_where_the_paper_does(before, after, tokens):
 
 
 def test_what_loops_is_said_in_steps():
-  plain_moves, looped = (
-    traffic.feedforward_moves(
+  plain_collectives, looped = (
+    traffic.feedforward_collectives(
       FIGURE_3_MODEL, Layout.parse(f'ws_2d/batch{collectives}'), mesh_sizes('4x4x4'), 2048, 2, 2
     )
     for collectives in ('', '/two_way')
   )
-  assert [m.steps for m in plain_moves] == [0, 0, 0, 0]
+  assert [m.steps for m in plain_collectives] == [0, 0, 0, 0]
   # Beside matmuls over y and z; not the activation's over x.
   assert [(m.name, m.steps) for m in looped] == [
     ('input', 15),
@@ -576,7 +578,7 @@ def test_what_loops_is_said_in_steps():
     ('mlp', 0),
     ('output', 15),
   ]
-  assert [m.moved for m in looped] == [m.moved for m in plain_moves]
+  assert [m.moved for m in looped] == [m.moved for m in plain_collectives]
   for move in looped:
     assert move.steps * move.bytes / move.shards == (move.moved if move.directions else 0)
 
@@ -586,12 +588,12 @@ def test_what_loops_is_said_in_steps():
 def test_one_device_moves_nothing(name, feedforward):
   sizes, config = mesh_sizes('1x1x1'), MODELS[name]
   of_pass = config, shard_activations(Layout(feedforward), config, sizes, 2, 3), sizes, 2, 3
-  assert traffic.layer_moves(*of_pass) == traffic.embedding_moves(*of_pass) == []
-  assert traffic.logits_moves(*of_pass, Layout(feedforward)) == []
+  assert traffic.layer_collectives(*of_pass) == traffic.embedding_collectives(*of_pass) == []
+  assert traffic.logits_collectives(*of_pass, Layout(feedforward)) == []
 
 
 def test_tokens_that_do_not_divide_are_refused():
   with pytest.raises(
     ValueError, match='wg_xy/batch splits tokens over 16 devices, and 24 do not divide'
   ):
-    traffic.feedforward_moves(FIGURE_3_MODEL, Layout('wg_xy'), mesh_sizes('4x4x4'), 24)
+    traffic.feedforward_collectives(FIGURE_3_MODEL, Layout('wg_xy'), mesh_sizes('4x4x4'), 24)

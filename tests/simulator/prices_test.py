@@ -28,7 +28,7 @@ def test_a_program_takes_what_the_next_larger_one_takes():
   with pytest.raises(RequestError) as refused:
     table.seconds('prefill_chunk', tokens=64, read=513)
   assert str(refused.value) == (
-    'FILE has no time for prefill_chunk(tokens=64, read=513), and for none larger: add a row'
+    'FILE has no row for prefill_chunk(tokens=64, read=513) or larger sizes: add one'
   )
 
 

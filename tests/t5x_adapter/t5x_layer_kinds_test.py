@@ -169,7 +169,7 @@ def test_the_stock_model_says_what_its_weights_do_not(case, tmp_path):
   rotary = dict(positions='rotary', rope_max_timescale=1e4)
   expected = dict(norm_scale='one', norm_epsilon=1e-6, num_heads=4)
   expected |= {**({} if options.get('relative') else rotary), **fields}
-  assert said.said() == expected
+  assert said.stated() == expected
   path, logits, tokens = saved(module, tmp_path)
   with pytest.raises(CheckpointError, match='weights do not show mlp.*; rescale_logits'):
     open_checkpoint(path)

@@ -71,7 +71,7 @@ def test_sentencepiece_lists_encode_as_their_model():
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'pre': 'x\x1b'}, r'cuts texts as "x\\x1b", which is not known: known are gpt-2'),
+    ({'pre': 'x\x1b'}, r'has the pre-tokenizer "x\\x1b", which is not known: known are gpt-2'),
     ({'model': 'bert'}, 'model "bert", which is not known'),
     ({'token_types': [1]}, 'tokens have 1 types'),
     ({'tokens': ['a', 'a'], 'token_types': []}, 'holds the token "a" twice'),

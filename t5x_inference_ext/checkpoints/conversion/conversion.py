@@ -28,7 +28,7 @@ from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray
 from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
 from t5x_inference_ext.checkpoints.conversion.slice_work import (
   Finished,
-  Hold,
+  MemoryBudget,
   PutWrites,
   SliceContext,
   SliceWork,
@@ -112,19 +112,19 @@ class Conversion:
         'larger than hold_bytes'
       )
 
-  def run(self, work: WorkDirectory, told: Callable[[str], None]) -> Report:
+  def run(self, work: WorkDirectory, warn: Callable[[str], None]) -> Report:
     """Convert this shard's slices; if all other shards are done, also complete the output.
 
     Args:
       work: The work directory.
-      told: Function that is called with a line if the work of an earlier run can't be used.
+      warn: Called with one line of text if the work of an earlier run can't be used.
     """
     alone = False  # whether no other process uses the directory
     try:
       with contextlib.ExitStack() as shard:
         with work.setup():
           shard.enter_context(work.working(self._options.shard_id))
-          adopted = work.adopt(self.identity, lambda: self._is_laid_out(told))
+          adopted = work.adopt(self.identity, lambda: self._is_laid_out(warn))
           alone = self._options.num_shards == 1
           if not adopted:
             for array in self.output.arrays:
@@ -142,7 +142,7 @@ class Conversion:
         self._read_back(work).run(self.workers)
         self._publish(work, slices)
     except (CheckpointError, OSError) as e:
-      # Remove the directory if the source can't be converted, or if no slice is finished.
+      # Remove the work directory if the source can't be converted, or if no slice is finished.
       if alone and (isinstance(e, NotFinite) or not _slices(work)):
         with contextlib.suppress(OSError):
           work.discard()
@@ -150,13 +150,13 @@ class Conversion:
     return self.report(work.path, slices.values())
 
   def compare(self, put: PutWrites) -> None:
-    """Pass everything that a conversion would write to `put`, a block at a time."""
+    """Convert the source block by block, and pass the values to `put` instead of writing them."""
     self._convert(range(len(self.plan.slices) + 1), put, lambda record, nbytes: None)
 
-  def _is_laid_out(self, told: Callable[[str], None]) -> bool:
+  def _is_laid_out(self, warn: Callable[[str], None]) -> bool:
     missing = next((a for a in self.output.arrays if not a.is_created()), None)
     if missing is not None:
-      told(f'{missing.path} is no longer complete: converting everything again')
+      warn(f'{missing.path} is no longer complete: converting everything again')
     return missing is None
 
   def _is_complete(self, slices: dict[int, _Record]) -> bool:
@@ -182,9 +182,9 @@ class Conversion:
 
   def _convert(self, numbers: Iterable[int], put: PutWrites, finished: Finished) -> None:
     search = self._options.scale_search == 'mse'
-    hold = Hold(self._options.held_size)
+    budget = MemoryBudget(self._options.held_size)
     context = SliceContext(
-      self.source, self.output, self.plan, put, hold, search, self._told, finished
+      self.source, self.output, self.plan, put, budget, search, self._report_progress, finished
     )
 
     def works() -> Iterator[PipelineWork]:
@@ -205,7 +205,7 @@ class Conversion:
       files.write_file(os.path.join(work.payload, name), data)
     work.finish()
 
-  def _told(self, what: str, nbytes: int) -> None:
+  def _report_progress(self, what: str, nbytes: int) -> None:
     with self._progress_lock:
       self._progress(what, nbytes, self._total)
 

@@ -1,7 +1,7 @@
-"""Functions through which a conversion makes all its changes to the disk.
+"""All functions with which a conversion changes files.
 
-Each function raises OSError if the disk is full or fails, and the error names the file. Files are
-opened for writing only in this module, and never through a symbolic link.
+They raise OSError, with the file's name, if the disk is full or fails. A conversion opens files for
+writing only in this module, and never through a symbolic link.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ import numpy as np
 
 from t5x_inference_ext.errors import CheckpointError
 
-# (index of a part of an array, with explicit bounds; the values of that part).
+# (index, values): `array[index] = values`. The index is slices with explicit bounds.
 IndexedValues = tuple[tuple[slice, ...], np.ndarray]
 _ZEROS = 2**20
 
@@ -34,7 +34,7 @@ def open_no_link(path: str, flags: int) -> int:
 def check_no_links(directory: str) -> None:
   """Raise CheckpointError if a write below `directory` could reach a file elsewhere.
 
-  It could if the directory holds a symbolic or hard link, a device or a pipe.
+  This is the case if the directory holds a symbolic or hard link, a device or a pipe.
   """
   for root, directories, names in os.walk(directory):
     for path in sorted(os.path.join(root, name) for name in (*directories, *names)):
@@ -49,7 +49,7 @@ def check_no_links(directory: str) -> None:
 
 
 def allocate(path: str, size: int) -> None:
-  """Make a file of `size` zero bytes, and reserve disk blocks so that later writes find space."""
+  """Make a file of `size` zero bytes, with all its disk blocks allocated."""
   with _opened(path, 'ab') as f:
     if hasattr(os, 'posix_fallocate'):
       os.posix_fallocate(f.fileno(), 0, size)
@@ -67,7 +67,7 @@ def write_blocks(path: str, shape: tuple[int, ...], blocks: list[IndexedValues])
     shape: Shape of the array.
     blocks: Pairs (index, values). All values have one dtype.
   """
-  axis = next((a for a, n in enumerate(shape) if n > 1), 0)  # the file is rows of this axis
+  axis = next((a for a, n in enumerate(shape) if n > 1), 0)  # the first axis longer than 1
 
   def rows(block: IndexedValues) -> tuple[int, int]:
     return block[0][axis].start, block[0][axis].stop
@@ -107,7 +107,7 @@ def _write_mapped(
   last: int,
   blocks: list[IndexedValues],
 ) -> None:
-  """Write blocks, all within rows `first` to `last`, through one memory map."""
+  """Write blocks that lie within rows [first, last) through one memory map."""
   dtype = blocks[0][1].dtype
   row_bytes = math.prod(shape[axis + 1 :]) * dtype.itemsize
   begin = first * row_bytes
@@ -141,7 +141,7 @@ def sync(path: str) -> None:
 
 
 def _forget(descriptor: int, begin: int = 0, size: int = 0) -> None:
-  """Tell the system that bytes of a file are not needed in the page cache; size 0: to the end."""
+  """Drop bytes of a file from the page cache (posix_fadvise). Size 0: up to the end."""
   if hasattr(os, 'posix_fadvise'):
     os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_DONTNEED)
 
@@ -198,14 +198,14 @@ def remove(directory: str) -> None:
 
 @contextlib.contextmanager
 def _opened(path: str, mode: str) -> Iterator[IO[bytes]]:
-  """Open a file for writing, unbuffered and never through a link. Errors name the file."""
+  """Context manager: open a file for writing, unbuffered, not through a link. Errors name it."""
   with _named(path), open(path, mode, buffering=0, opener=open_no_link) as f:
     yield f
 
 
 @contextlib.contextmanager
 def _named(path: str) -> Iterator[None]:
-  """Add the file's name to an OSError of a file descriptor."""
+  """Context manager: re-raise an OSError without a file name (from a descriptor) with `path`."""
   try:
     yield
   except OSError as e:

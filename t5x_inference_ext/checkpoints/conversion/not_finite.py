@@ -1,4 +1,4 @@
-"""Weights that are NaN, infinite or too large for the output: where, how many, and advice."""
+"""Error for weights that are NaN, infinite or too large for the output dtype."""
 
 import ml_dtypes
 import numpy as np
@@ -13,8 +13,8 @@ class NotFinite(CheckpointError):
   """The source has values that can't be written. Repeating the command does not help."""
 
 
-# The largest values that can be written. For int8, the limit is bfloat16's, because the program
-# holds the floats that int8 weights stand for as bfloat16.
+# Largest finite magnitude of each written dtype. For int8 it is bfloat16's: the program dequantizes
+# to bfloat16.
 _FLOAT32, _BFLOAT16 = (
   float(ml_dtypes.finfo(dtype).max) for dtype in (np.float32, ml_dtypes.bfloat16)
 )

@@ -39,30 +39,31 @@ class ConvertOptions:
   weights: str = 'int8'
   format: str = option(
     'serving',
-    help="What to make: a serving checkpoint, or T5X's legacy format (int8 or float32 matrices).",
+    help="Format to write: a serving checkpoint, or T5X's legacy format (int8 or float32 "
+    'matrices).',
     group=COMMON,
     choices=OUTPUT_FORMATS,
   )
   scale_search: str = option(
     'absmax',
-    help="An int8 channel's scale: max|w| / 127 (absmax), or the multiple of it with the least "
-    'squared error (mse; some 20 times the arithmetic).',
+    help='Scale of an int8 channel. absmax: max|w| / 127. mse: a multiple of that, with the least '
+    'squared error; it takes about 20 times the arithmetic.',
     group=COMMON,
     choices=('absmax', 'mse'),
   )
   workers: int | None = option(
     None,
-    help='Number of threads. By default one per core; more help with a source in a bucket.',
+    help='Number of threads; one per core by default. For a source in a bucket, more are faster.',
     group=MEMORY,
   )
   hold_bytes: int | str = option(
     '512MiB',
-    help='Bytes of the source to hold until scales are known. The rest is read again.',
+    help='Bytes of the source to keep in memory until scales are known. The rest is read again.',
     group=MEMORY,
   )
   slice_bytes: int | str = option(
     '256MiB',
-    help='Bytes of the source after which progress is recorded, as far as its chunks allow.',
+    help='Approximate bytes of the source between two records of progress. Chunks are not divided.',
     group=MEMORY,
   )
   num_shards: int = option(1, help='Number of processes that divide the work.', group=SHARDS)

@@ -57,7 +57,7 @@ class Output:
     raise NotImplementedError
 
   def is_layer_weight(self, array: str) -> bool:
-    """Return whether the array `array` holds matrices of layers, or their scales."""
+    """Return whether an array holds matrices of the layers, or scales of these matrices."""
     raise NotImplementedError
 
   def index_files(self) -> dict[str, bytes]:

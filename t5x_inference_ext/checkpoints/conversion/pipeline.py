@@ -1,9 +1,9 @@
-"""Processing of slices in a pool of threads: while one slice is written, the next is read.
+"""Thread pool that processes slices: while one slice is written, the next one is read.
 
 Reading a chunk, numpy's arithmetic on a block and writing all release Python's lock. A slice is
 processed in steps (find its scales, write it). The jobs of a step, one per block, run in any order,
-and the next step begins when all of them are done. When all jobs of the current step are taken, the
-next slice begins.
+and the next step begins when all of them are done. When no job of the current step is left to take,
+idle threads start the next slice.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class _Open:
 
   Attributes:
     work: The slice.
-    waiting: Jobs of the current step that no thread has taken; threads take the last one next.
+    waiting: Jobs of the current step that no thread has taken. Threads take them from the end.
     running: Number of jobs that threads have taken but not finished.
     started: Whether the slice's first step has begun.
   """
@@ -49,7 +49,7 @@ class Pipeline:
     self._open: list[_Open] = []
 
   def run(self) -> None:
-    """Run all slices to the end; after an error in a job, let running jobs end and raise it."""
+    """Run all slices. If a job raises, wait for the running jobs, then raise its error."""
     running: dict[concurrent.futures.Future[None], _Open] = {}
     with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
       while True:

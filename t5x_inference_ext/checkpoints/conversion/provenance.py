@@ -32,7 +32,7 @@ def conversion_record(source: Checkpoint, scale_search: str) -> dict[str, Any]:
       'step': source.step,
       'notes': list(source.notes),
       'form': source.form,
-      'conventions': {name: said.to_dict() for name, said in source.conventions.items()},
+      'conventions': {name: stated.to_dict() for name, stated in source.conventions.items()},
       'rescale_logits': rescaled.value if rescaled and source.format in TREES else None,
       'index_crc32': _index_checksum(source.path)
       if source.index_crc32 is None

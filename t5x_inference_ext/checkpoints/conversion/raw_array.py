@@ -2,8 +2,8 @@
 
 The arrays are zarr version 2, in C order, uncompressed, with one preallocated file per chunk. They
 are uncompressed because one chunk of a T5X checkpoint (all layers of some rows and columns) is
-spread over many output chunks, one per layer, and each of these gets values from many source
-chunks. A compressed chunk would have to stay in memory until it is complete.
+spread over many output chunks, one per layer, and each output chunk gets values from many source
+chunks. A compressed output chunk would have to stay in memory until it is complete.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,9 +24,9 @@ from t5x_inference_ext.checkpoints.tensor import Bounds
 ZARR_DTYPES = {'int8': '|i1', 'bfloat16': 'bfloat16', 'float32': '<f4'}
 # Fingerprints are summed modulo this.
 FINGERPRINTS = 2**32
-# A chunk is read back so many bytes at a time.
+# Bytes of a chunk that are read back at a time.
 _READ_BYTES = 2**22
-# A piece's rows are fingerprinted this many units at a time, to stay in the processor's cache.
+# Units that are fingerprinted at a time, few enough to stay in the processor's cache.
 _FINGERPRINT_UNITS = 2**17
 
 
@@ -87,7 +87,7 @@ class RawArray:
     return json.dumps(self.metadata).encode()
 
   def create(self) -> None:
-    """Make the directory, and all chunks as zeros. Raises OSError if the disk is too small."""
+    """Make the directory, and all chunks as zeros. Raises OSError if the disk is full."""
     os.makedirs(self.path, exist_ok=True)
     for number in self.chunks():
       files.allocate(self._path(number), self.chunk_bytes)
@@ -103,7 +103,7 @@ class RawArray:
       return False
 
   def write(self, pieces: list[tuple[Bounds, np.ndarray]]) -> None:
-    """Write pairs (bounds, values). Concurrent writes to other parts of a chunk are allowed."""
+    """Write pairs (bounds, values). Threads may write disjoint parts of a chunk at once."""
     by_chunk: dict[int, list[files.IndexedValues]] = {}
     for bounds, values in pieces:
       for number, inside in self.overlaps(bounds):
@@ -115,7 +115,7 @@ class RawArray:
       files.write_blocks(self._path(number), self.chunk, blocks)
 
   def overlaps(self, bounds: Bounds) -> Iterator[tuple[int, tuple[slice, ...]]]:
-    """Yield the index of each chunk that overlaps `bounds`, and the index of the overlap in it."""
+    """Yield (chunk's index, index of the overlap in the chunk) for chunks that overlap `bounds`."""
     for place in itertools.product(
       *(range(b // c, -(-e // c)) for (b, e), c in zip(bounds, self.chunk))
     ):
@@ -164,12 +164,12 @@ class RawArray:
   def fingerprint(self, bounds: Bounds, values: np.ndarray) -> int:
     """Return the sum of all units, each weighted by its position in the array, mod FINGERPRINTS.
 
-    A unit is a byte of int8, and two bytes of other dtypes: half as many take half the time.
+    A unit is one byte of int8 values and two bytes of other dtypes, which halves the time.
 
-    The fingerprints of pieces add up to that of the array, in any order and for any cut into
-    pieces. So the expected sum is known before anything is read back. Weights are pseudo-random, so
-    that swapping two values changes the sum. (A CRC-32 of pieces in any order would take a call for
-    each row of each piece.)
+    However an array is cut into pieces, their fingerprints add up to the array's. So the expected
+    sum is known before anything is read back. The position weights are pseudo-random, so that
+    swapping two values changes the sum. (A CRC-32 can't be summed like this: it would take a call
+    for each row of each piece.)
 
     Args:
       bounds: Bounds of the values in the array.
@@ -198,7 +198,7 @@ class RawArray:
     )
 
   def _place(self, number: int) -> tuple[int, ...]:
-    """Return the place of a chunk in the grid."""
+    """Return the position of a chunk in the grid of chunks."""
     return tuple(map(int, np.unravel_index(number, self.grid)))
 
   def _path(self, number: int) -> str:
@@ -206,7 +206,7 @@ class RawArray:
 
 
 def _weights(places: np.ndarray) -> np.ndarray:
-  """Return pseudo-random odd uint32 weights for positions in an array (splitmix64)."""
+  """Return a pseudo-random odd uint32 weight for each position in an array (splitmix64)."""
   x = (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
   x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

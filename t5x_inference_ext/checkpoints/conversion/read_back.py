@@ -1,8 +1,8 @@
 """Verification of a conversion: what was written is read back from the disk.
 
-Chunks are read back in groups. A group is read as soon as all of it is written and recorded, by a
-thread of its own, while others are still being converted: so the disk is not waited for. At the end
-follows what is left, such as groups that earlier runs or several shards have written.
+Chunks are read back in groups. As soon as all chunks of a group are written and recorded, a
+separate thread reads the group, while other slices are still being converted. The groups that are
+left, such as those of earlier runs or of several shards, are read at the end.
 """
 
 from collections import Counter
@@ -49,8 +49,8 @@ class ReadBack:
 
     Args:
       workers: Number of threads.
-      claim: If several processes read back, returns whether this process shall read the group with
-        a given index. None: read all groups.
+      claim: Function from a group's index to whether this process is to read the group, if several
+        processes read back. None: read all groups.
     """
 
     def read_group(number: int, array: RawArray, chunks: range) -> None:
@@ -69,11 +69,11 @@ class ReadBack:
 
   @contextlib.contextmanager
   def ahead(self) -> Iterator[Callable[[Counter[tuple[RawArray, int]]], None]]:
-    """Read groups while others are still being written.
+    """Context manager: read groups back while others are still being written.
 
     Yields:
-      A function to call when a slice is recorded, with the bytes that it wrote into each chunk, by
-      array and index of the chunk. Raises the error of a group that could not be read.
+      A function to call after a slice is recorded. Its argument maps (array, chunk's index) to the
+      bytes that the slice wrote. It raises the error of a group that could not be read.
     """
     left = {group: _values_bytes(*group) for group in self._groups}
     groups = {(array, chunk): (array, chunks) for array, chunks in self._groups for chunk in chunks}
@@ -132,8 +132,8 @@ def checksums(
     written = sum(entry['fingerprints'].get(array.name, 0) for entry in slices)
     if (sum(group['fingerprint'] for group in groups) - written) % FINGERPRINTS:
       raise CheckpointError(
-        f'{array.name}: damaged data in {array.path}: values read back from the disk are not those '
-        'written: check the disk, remove the directory and convert again'
+        f'{array.name}: damaged data in {array.path}: values read back from the disk differ from '
+        f'those written: check the disk, remove the directory and convert again'
       )
     result[array.name] = [crc for group in groups for crc in group['checksums']]
   return result

@@ -23,19 +23,18 @@ from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingErro
 from t5x_inference_ext.checkpoints.conversion.slices import ConversionPlan, StoredBlock, TensorSlice
 from t5x_inference_ext.quantization import rounding
 
-# Function that takes all final values of a block, to write them or to compare them with those
-# written.
+# Function that takes the final values of a block, to write them or to compare them with an output.
 PutWrites = Callable[[list[ArrayWrite]], None]
 Finished = Callable[[dict[str, Any], Counter[tuple[RawArray, int]]], None]
 
 
-class Hold:
-  """A memory budget for blocks that are needed again; other blocks are read a second time."""
+class MemoryBudget:
+  """A memory budget for blocks that a later step needs. Blocks beyond it are read a second time."""
 
   def __init__(self, nbytes: int) -> None:
     self._free, self._lock = nbytes, threading.Lock()
 
-  def take(self, nbytes: int) -> bool:
+  def acquire(self, nbytes: int) -> bool:
     """Reserve memory; return whether there was enough."""
     with self._lock:
       if self._free < nbytes:
@@ -43,7 +42,7 @@ class Hold:
       self._free -= nbytes
       return True
 
-  def give(self, nbytes: int) -> None:
+  def release(self, nbytes: int) -> None:
     """Give reserved memory back."""
     with self._lock:
       self._free += nbytes
@@ -62,25 +61,25 @@ class SliceContext:
     output: The format written.
     plan: All slices.
     put: Function that takes the values to write.
-    hold: Budget for blocks that are needed again.
+    budget: Budget for blocks that are needed again.
     search: Whether scales are searched for the least squared error.
     progress: Called with the written tensors' names and errors, and bytes of the source.
-    finished: Called with each slice's record, and the bytes that it wrote into each chunk, by array
-      and index of the chunk.
+    finished: Called with each slice's record, and a dict from (array, chunk's index) to the bytes
+      that the slice wrote.
   """
 
   source: Checkpoint
   output: Output
   plan: ConversionPlan
   put: PutWrites
-  hold: Hold
+  budget: MemoryBudget
   search: bool
   progress: Callable[[str, int], None]
   finished: Finished
 
 
 class WrittenSums:
-  """Fingerprints of all values that a slice has written, by array, and where they are."""
+  """Fingerprints of a slice's writes, by array, and the bytes written into each chunk."""
 
   def __init__(self, context: SliceContext) -> None:
     self._context, self._lock = context, threading.Lock()
@@ -112,7 +111,7 @@ class WrittenSums:
 class SliceWork:
   """A slice of float tensors, or of int8 tensors without their scales. A PipelineWork.
 
-  A slice's buffers hold only the columns of its own channels, concatenated.
+  Its buffers hold only the columns of the slice's own channels, concatenated.
   """
 
   def __init__(self, context: SliceContext, piece: TensorSlice) -> None:
@@ -127,14 +126,14 @@ class SliceWork:
     self._columns = self._channels() if piece.scaled else {}
     self._held: dict[int, np.ndarray] = {}  # held values of blocks, by block number
     self._maxima: dict[str, np.ndarray] = {}  # max|w| [layers, columns], by tensor
-    self._squares: dict[str, np.ndarray] = {}  # [searched, layers, columns], by scale
+    self._squares: dict[str, np.ndarray] = {}  # [candidate scales, layers, columns], by scale
     self._scales: dict[str, np.ndarray] = {}  # [layers, columns], by scale
     self._errors: dict[int, dict[str, RoundingError]] = {}  # by block number, then by tensor
     self._sums = WrittenSums(context)
 
   def may_start(self) -> bool:
     """Return whether there is memory left to hold a block."""
-    return not self._slice.scaled or self._context.hold.has(self._context.plan.block_bytes)
+    return not self._slice.scaled or self._context.budget.has(self._context.plan.block_bytes)
 
   def jobs(self) -> list[PipelineJob] | None:
     """Return the next step's jobs, one per block."""
@@ -154,7 +153,7 @@ class SliceWork:
     return self._context.plan.arrays[block.array].read(block.bounds)
 
   def _measure(self, number: int, block: StoredBlock) -> None:
-    """Find the largest magnitudes in a block, and hold the block if there is memory."""
+    """Find the largest magnitudes in a block, and keep the block if there is memory."""
     values = self._values(block)
     for part, rectangle, w in self._context.plan.arrays[block.array].rectangles(
       values, block.bounds
@@ -165,7 +164,7 @@ class SliceWork:
       with self._lock:
         maxima = self._buffer(self._maxima, part.name, scale, np.float32)
         np.maximum(maxima[place], largest, out=maxima[place])
-    if self._context.hold.take(values.nbytes):
+    if self._context.budget.acquire(values.nbytes):
       self._held[number] = values
 
   def _find_scales(self) -> None:
@@ -178,7 +177,7 @@ class SliceWork:
     }
 
   def _search(self, number: int, block: StoredBlock) -> None:
-    """Add a block's squared errors for each scale that is tried."""
+    """Add a block's squared errors for each candidate scale."""
     values = self._held[number] if number in self._held else self._values(block)
     for part, rectangle, w in self._context.plan.arrays[block.array].rectangles(
       values, block.bounds
@@ -206,7 +205,7 @@ class SliceWork:
     with self._lock:
       self._errors[number] = errors
     if held is not None:
-      context.hold.give(held.nbytes)
+      context.budget.release(held.nbytes)
     first, end = block.bounds[0]
     where = f'layers {first}-{end - 1} ' if self._slice.scaled else ''
     context.progress(where + ' '.join(errors), values.nbytes)
@@ -271,7 +270,7 @@ class SliceWork:
   def _buffer(
     self, buffers: dict[str, np.ndarray], name: str, scale: str, dtype: type, *lead: int
   ) -> np.ndarray:
-    """Return the buffer [*lead, layers, columns] for a name, made of zeros at first use."""
+    """Return the named buffer [*lead, layers, columns]; its first use makes it, of zeros."""
     if name not in buffers:
       columns = sum(end - begin for begin, end in self._columns[scale])
       buffers[name] = np.zeros((*lead, self._layers[1] - self._layers[0], columns), dtype)

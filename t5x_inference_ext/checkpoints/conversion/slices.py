@@ -1,9 +1,9 @@
 """The units of a conversion: slices, each made of blocks of stored chunks.
 
 A block is the unit of decoding: whole stored chunks, at least one. A slice is the unit of progress:
-it is finished and recorded as a whole. If int8 scales have to be found, a slice is everything
-that is summed into its output channels: all rows of some columns of some layers, of every array
-that shares the scales. Otherwise a slice is any box of chunks.
+it is finished and recorded as a whole. If int8 scales have to be found, a slice has all input rows
+of some output channels in some layers, from every array that shares these scales. Otherwise a slice
+is any box of chunks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ class TensorSlice:
 
   Attributes:
     number: Index of the slice in the plan.
-    boxes: The blocks that it covers, in one or several arrays.
+    boxes: The boxes that the slice covers, in one or several arrays.
     scaled: Whether scales have to be found for its channels.
   """
 
@@ -68,7 +68,7 @@ class ConversionPlan:
     for i, array in enumerate(self.arrays):
       scales = sorted(filter(None, (kinds[part.name].scale for part in array.arrangement.parts)))
       if scales and finds_scales:
-        # Group arrays by their first scale: output matrices that share it share all scales.
+        # Group arrays by their first scale: arrays that share one scale share all of them.
         by_scale.setdefault(scales[0], []).append(i)
       else:
         cell = self._cell(i, slice_bytes)
@@ -100,7 +100,7 @@ class ConversionPlan:
   def _cell(self, index: int, nbytes: int, within: Sequence[int] | None = None) -> tuple[int, ...]:
     """Return a block shape of whole chunks with at most `nbytes`, but at least one chunk.
 
-    The shape grows along the last axes first, which are contiguous in storage.
+    The shape grows along the last axes first, because these are contiguous in storage.
     """
     array = self.arrays[index]
     return _grow(
@@ -108,7 +108,7 @@ class ConversionPlan:
     )
 
   def _columns(self, indices: list[int], slice_bytes: int) -> Iterator[tuple[StoredBlock, ...]]:
-    """Cut arrays that share scales into the same ranges of layers and outputs, of whole chunks."""
+    """Cut arrays that share scales into equal ranges of layers and outputs, in whole chunks."""
     arrays = [self.arrays[i] for i in indices]
     split = [1 + len(a.arrangement.inputs) for a in arrays]
     kept = [(a.arrangement.factored[0], *a.arrangement.outputs) for a in arrays]
@@ -143,7 +143,7 @@ def _grow(cell: Sequence[int], shape: Sequence[int], itemsize: int, nbytes: int)
 def _boxes(
   shape: Sequence[int | tuple[int, int]], cell: Sequence[int]
 ) -> Iterator[tuple[tuple[int, int], ...]]:
-  """Cut a shape, or bounds, into boxes of the size of `cell`, from the beginning of the bounds."""
+  """Cut a shape, or bounds, into boxes of shape `cell`; the last boxes may be smaller."""
   bounds = [n if isinstance(n, tuple) else (0, n) for n in shape]
   ranges = (
     [(i, min(i + c, end)) for i in range(begin, end, c)] for (begin, end), c in zip(bounds, cell)

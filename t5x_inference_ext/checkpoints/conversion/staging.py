@@ -4,7 +4,7 @@ In a bucket, objects can't be written in pieces, and directories can't be rename
 still appears in one step: its header is uploaded last, and without a header a directory is not a
 checkpoint.
 
-STAGING/NAME-CHECKSUM/    CHECKSUM is that of the output's address
+STAGING/NAME-CHECKSUM/    CHECKSUM: of the output's address
   plan.json               the source and the options
   checkpoint/             the finished output
   checkpoint.unfinished/  the unfinished output (work_directory.py)
@@ -33,8 +33,8 @@ from t5x_inference_ext.checkpoints.workers import run_jobs
 from t5x_inference_ext.errors import CheckpointError
 from t5x_inference_ext.text_format import megabytes
 
-# Number of copies of a file in memory during its upload: one read from the disk, one passed to the
-# library, two read back.
+# Copies of a file in memory during its upload: the file, the library's copy, and two of the object
+# read back.
 _COPIES = 4
 _COMPLETE = 'complete'
 
@@ -75,12 +75,12 @@ class Staging:
   def description(self, largest_file: int, workers: int) -> str:
     """Return a line with the disk space and memory that the upload takes."""
     return (
-      f'made in {self.root}, taking disk space until all is uploaded to {self.path}; uploading  '
+      f'made in {self.root}, taking disk space until all is uploaded to {self.path}; uploading '
       f'takes up to {megabytes(_COPIES * largest_file * workers)} of memory'
     )
 
   def adopt(self, plan: dict[str, Any]) -> bool:
-    """Prepare the directory for `plan`; remove leftovers of another plan, also in the bucket.
+    """Prepare the directory for `plan`. Remove leftovers of other plans, here and in the bucket.
 
     Returns:
       Whether everything is already in the bucket.
@@ -111,7 +111,7 @@ class Staging:
     for path in (self._journal, self._plan):
       with contextlib.suppress(FileNotFoundError):
         os.remove(path)
-    # Write the marker first: this shows whether the bucket is writable.
+    # Write the marker first: it fails if the bucket is not writable.
     generation = storage.write_object(
       self.path, MARKER, b'Unfinished: run the same convert_checkpoint again.\n'
     )

@@ -1,9 +1,9 @@
 """Writing of T5X's checkpoint format: float32, or int8 with flaxformer's names qkernel and qscale.
 
-The tree is arranged like the tree that the weights came from, if that is known
-(flaxformer.Reading.form, which serving checkpoints record). Otherwise it has flaxformer's usual
-arrangement of such a model: scanned; a ParallelFusedDecoderLayer if the model can be one, else a
-DecoderLayer with split heads.
+If the arrangement of the weights' original tree is recorded (flaxformer.ParsedModel.form, which
+serving checkpoints record), the output has the same arrangement. Otherwise it has flaxformer's
+usual one: scanned layers, of ParallelFusedDecoderLayer if that layer can represent the model, else
+of DecoderLayer with split heads.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,8 @@ class T5xOutput(Output):
     check_written(source.config)
     form = source.form or usual_form(source.config)
     self._directory, self._step, self._num_layers = directory, source.step, source.config.num_layers
-    # Each leaf of the tree is one array, or one array per layer; a leaf holds canonical tensors.
+    # Each leaf of the tree, which holds canonical tensors, is stored as one array or as one per
+    # layer.
     self._leaves: dict[str, list[RawArray]] = {}
     self._places: dict[str, list[tuple[str, KernelLayout]]] = {}
     self._layer_weights: set[str] = set()
@@ -167,10 +168,10 @@ def check_written(config: ModelConfig) -> None:
 
 
 def usual_form(config: ModelConfig) -> dict[str, Any]:
-  """Return flaxformer's usual arrangement of a model, for a model without a recorded tree.
+  """Return flaxformer's usual arrangement of a model, for a source that records no tree.
 
   Raises:
-    CheckpointError: flaxformer has no layer for such a model.
+    CheckpointError: No layer of flaxformer can represent the model.
   """
   c = config
   fused, serial, parallel = LAYER_KINDS

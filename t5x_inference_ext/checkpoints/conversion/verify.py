@@ -40,7 +40,8 @@ def verify(
     source: Checkpoint that it was made from. It is converted again, in memory, and compared value
       by value.
     workers: Number of threads; None: one per core.
-    rescale_logits: The conversion's argument for the source; None takes the recorded value.
+    rescale_logits: Value of this convention for the source; None takes the value that the
+      conversion recorded.
     progress: Called after every chunk.
 
   Returns:
@@ -101,7 +102,7 @@ def _compare(
   """Raise CheckpointError if a checkpoint's bits differ from a conversion of its source."""
   made_from = manifest['source']
   if rescale_logits is None and made_from['format'] in TREES:
-    # Earlier versions assumed True, and recorded null.
+    # Earlier versions recorded null, and meant True.
     rescale_logits = made_from.get('rescale_logits') is not False
   is_serving_source = made_from['format'] == 'serving'
   model = None if is_serving_source else ModelConfig.from_dict(manifest['model'])
@@ -130,8 +131,8 @@ def _compare(
       if different.any():
         first = [int(i[0]) + b for i, (b, _) in zip(np.nonzero(different), bounds)]
         raise CheckpointError(
-          f'{array.name}: {int(different.sum())} values from {first} on in {path}/{array.name} are '
-          f'not what {source} converts to'
+          f'{array.name}: {int(different.sum())} values from {first} on in {path}/{array.name} '
+          f'differ from a conversion of {source}'
         )
 
   Conversion(checkpoint, options, path, progress).compare(compare)
@@ -167,7 +168,7 @@ def read_manifest(path: str) -> tuple[str, dict[str, Any]]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
       pass
     raise CheckpointError(f'{path}/{name} is damaged')
-  open_checkpoint(path)  # raises a better error if this is not a checkpoint
+  open_checkpoint(path)  # raises a more precise error if this is not a checkpoint
   raise CheckpointError(
     f'{path} was not written by a conversion: it has no manifest ({serving.CONFIG} or '
     f'{t5x_output.MANIFEST}) to verify it against'

@@ -1,11 +1,11 @@
 """The work directory of a conversion: finished slices, locks, and the unfinished output.
 
 OUTPUT.unfinished/
-  UNFINISHED            marks a conversion's directory; has the plan once all files are allocated
+  UNFINISHED            marks a work directory; holds the plan once all files are allocated
   setup.lock            held while the directory is made or finished
   shard-I.lock          held by the process that is shard I
-  read_back.lock        shared by the shards that read the output back together
-  claims                locked bytes of this file: the parts that a shard reads
+  read_back.lock        held (shared) by all shards that read the output back
+  claims                byte i is locked by the shard that reads part i back
   journal-I.jsonl       the slices that shard I has finished, one per line
   checkpoint/           becomes OUTPUT by one rename
 """
@@ -58,7 +58,7 @@ class WorkDirectory:
       )
 
   def finished_before(self, plan: dict[str, Any]) -> bool:
-    """Return whether this plan's output is complete and only its work directory is left over."""
+    """Return whether the output of `plan` is complete, and only the work directory is left over."""
     return (
       os.path.isdir(self.path)
       and os.path.isdir(self.root)
@@ -68,10 +68,10 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def lock(self, name: str, refusal: str | None = None, shared: bool = False) -> Iterator[bool]:
-    """Hold a lock file of the directory; if taken, wait, or raise CheckpointError(refusal).
+    """Context manager: lock a file of the directory. If it is locked, wait or raise `refusal`.
 
     Yields:
-      Whether the lock file still exists: the process that held it may have removed the directory.
+      Whether the lock file still exists. The previous holder may have removed the directory.
     """
     how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if refusal else 0)
     path = os.path.join(self.root, name)
@@ -89,7 +89,7 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def setup(self) -> Iterator[None]:
-    """Make the directory if needed, and hold the lock under which work is started or finished.
+    """Context manager: make the directory if needed; hold the lock for starting and finishing work.
 
     Raises:
       CheckpointError: The output exists, or the directory was not left by a conversion or holds
@@ -97,7 +97,7 @@ class WorkDirectory:
     """
     with contextlib.ExitStack() as held:
       current = False
-      while not current:  # the process that held the lock may have removed the directory
+      while not current:  # the previous holder may have removed the directory
         held.close()
         self.check_absent()
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
@@ -120,9 +120,9 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def working(self, shard: int) -> Iterator[None]:
-    """Hold the lock under which a process works as shard `shard`.
+    """Context manager: hold the lock of the process that works as shard `shard`.
 
-    Enter it within setup(), so that a process that waits holds no shard's lock.
+    Enter it inside setup(), so that a process that waits in setup() holds no shard's lock.
 
     Raises:
       CheckpointError: Another process works as this shard.
@@ -135,12 +135,12 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def reading_back(self) -> Iterator[Callable[[int], bool] | None]:
-    """Wait for the shards at work, then read back what they wrote, together with other shards.
+    """Context manager: wait for working shards, then share the reading back with other processes.
 
     Yields:
-      A function that takes the index of a part and returns whether this process is to read it; if
-      so, no other process reads the part until the context ends. None if another process has
-      already finished.
+      A function from a part's index to whether this process is to read the part. If it returns
+      True, no other process reads that part until the context ends. None if another process has
+      already finished the output.
     """
     with contextlib.ExitStack() as held:
       current = False
@@ -169,7 +169,7 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def finishing(self) -> Iterator[bool]:
-    """Wait for the shards at work; yield whether this process is to finish the output."""
+    """Context manager: wait for working shards. Yields whether this process finishes the output."""
     with contextlib.ExitStack() as locks:
       try:
         locks.enter_context(self.lock('setup.lock'))
@@ -181,7 +181,7 @@ class WorkDirectory:
       yield os.path.isdir(self.payload)
 
   def adopt(self, plan: dict[str, Any], is_laid_out: Callable[[], bool] = lambda: True) -> bool:
-    """Prepare the directory for `plan`. Call it within setup().
+    """Prepare the directory for `plan`; to be called inside setup().
 
     Args:
       plan: The source and the options.
@@ -210,7 +210,7 @@ class WorkDirectory:
     return False
 
   def _forget(self) -> None:
-    """Remove all results, the plan first, so that no kill leaves a plan without its files."""
+    """Remove all results: the plan first, so that it never exists without its files."""
     files.truncate(self._marker)
     for name in os.listdir(self.root):
       if name.startswith('journal-'):
@@ -238,13 +238,13 @@ class WorkDirectory:
       files.append_line(path, entry)
 
   def entries(self) -> list[dict[str, Any]]:
-    """Return the journal entries of all shards whose data is certain to be on the disk.
+    """Return all shards' journal entries whose data is certainly on the disk.
 
-    A line that a kill cut off is dropped, and its slice is converted again. Dropped, too, are
-    entries written on another machine, or before this machine restarted, that were not yet SYNCED:
-    their data may only have been in a page cache. (Flushing each slice would write most pages
-    several times, since many slices fill one chunk.) Entries that were read back after everything
-    was SYNCED are on the disk.
+    Incomplete lines, which a killed process leaves, are dropped: their slices are converted again.
+    Entries that were not yet SYNCED are dropped if they were written on another machine or before
+    this machine restarted: their data may have been only in a page cache. (Slices are not flushed
+    one by one, since many slices fill one chunk, whose pages would be written several times.)
+    Entries that were read back after SYNCED are on the disk.
     """
     found: list[dict[str, Any]] = []
     here = _boot_id()
@@ -276,7 +276,7 @@ class WorkDirectory:
     self.clear()
 
   def clear(self) -> None:
-    """Remove a work directory without a payload; remove the marker, which identifies it, last."""
+    """Remove a work directory that has no payload. The marker file goes last."""
     while os.path.isdir(self.root):
       with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(self.root), key=lambda n: n == MARKER):
@@ -286,12 +286,12 @@ class WorkDirectory:
         except OSError as e:
           if (
             e.errno != errno.ENOTEMPTY
-          ):  # another shard has made its lock file to check whether it is the last
+          ):  # another shard has made its lock file, to see whether it is the last shard
             raise
 
 
 def _boot_id() -> str:
-  """Return an identifier of this machine since its last start; '' if there is none."""
+  """Return an identifier of this start of this machine (Linux's boot id); '' if there is none."""
   try:
     with open('/proc/sys/kernel/random/boot_id', encoding='utf-8') as f:
       return f.read().strip()

@@ -1,1 +1,1 @@
-"""Families of public decoders: conversion of settings to ModelConfig, and of tensors to ours."""
+"""Families of public decoders: their settings as a ModelConfig, their tensors as canonical ones."""

@@ -30,7 +30,7 @@ _OPT_MODULES = {
   'linear': f'{_OPT}fc1',
   'mlp_output': f'{_OPT}fc2',
 }
-# BLOOM, and Falcon after it.
+# BLOOM's names, which Falcon shares.
 _BLOOM_MODULES = {
   'embedding': 'transformer.word_embeddings',
   'embedding_norm': 'transformer.word_embeddings_layernorm',
@@ -46,8 +46,8 @@ _BLOOM_MODULES = {
 }
 # With eager attention, transformers 5.24 adds ALiBi twice: to the scores and to the mask.
 _FALCON_ALIBI = (
-  "assumed: ALiBi counts twice, as in transformers' eager attention (alibi_slopes=falcon_eager; "
-  'once is falcon)'
+  "assumed: ALiBi is added twice, as transformers' eager attention does "
+  '(alibi_slopes=falcon_eager; alibi_slopes=falcon adds it once)'
 )
 _MPT = 'transformer.blocks.{}.'
 _MPT_MODULES = {
@@ -113,9 +113,9 @@ def mpt(s: Settings) -> FamilyModel:
   s.only('logit_scale', None)
   s.only('norm_type', 'low_precision_layernorm', 'layernorm')
   s.only('embedding_fraction', 1.0)
-  s.value('expansion_ratio', 'learned_pos_emb', 'max_seq_len', default=None)  # unused there too
+  s.value('expansion_ratio', 'learned_pos_emb', 'max_seq_len', default=None)  # transformers ignores
   d_model, heads = s.integer('d_model'), s.integer('n_heads')
-  d_ff = 4 * d_model  # whatever expansion_ratio says
+  d_ff = 4 * d_model  # transformers ignores expansion_ratio
   fields = {
     **even_sizes(s, d_model, heads, d_ff=d_ff, layers=('n_layers',), tied=True),
     **layer_norm(s, 'layer_norm_epsilon'),

@@ -1,4 +1,4 @@
-"""The description of a family: conversion of settings to ModelConfig, and names of its tensors."""
+"""The description of a family of models: how to make a ModelConfig, and tensor names."""
 
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
@@ -15,15 +15,15 @@ class FamilyModel:
   Attributes:
     config: The model.
     modules: Canonical tensor -> path of the module that holds it; {} stands for the layer's index,
-      and [] for the head's if each head has a module. A bias is in the module of its matrix or
-      norm.
+      and [] for the head's index if each head has its own module. A bias is in the same module as
+      its matrix or norm.
     fused: Order of rows in a matrix that holds query, key and value. 'stacked': all queries, all
       keys, all values. 'grouped': for each key head, its queries, key and value. 'codegen': four
       times queries, values, keys. 'lucidrains': stacked, then linear and gate.
     interleaved: Whether rotary positions rotate neighbouring dimensions of a head, not its halves.
     transposed: Whether matrices are stored [out, in], as torch.nn.Linear has them.
     absent: Canonical norm scales and biases that are not stored: ones and zeros.
-    norm_offset: Number to add to stored norm scales: 1 if the family applies 1 + scale but config
+    norm_offset: Number to add to stored norm scales: 1 if the family applies 1 + scale but `config`
       has norm_scale='one'.
     embedding_scale: Factor by which looked-up rows of the embedding are multiplied.
     logit_scale: Factor of the logits.
@@ -50,8 +50,8 @@ class FamilyModel:
   def factor(self, name: str) -> float:
     """Return the factor from stored to canonical values of a tensor.
 
-    The program multiplies attention logits by Q**-0.5 and logits by E**-0.5. Other scales are
-    multiplied into the query (or its norm) and into the final norm.
+    The program multiplies attention logits by Q**-0.5 and logits by E**-0.5. For a family with
+    other scales, the ratio is folded into the query (or its norm) and into the final norm.
     """
     c = self.config
     if name == 'embedding':
@@ -70,7 +70,7 @@ class Family:
   """A family of models, with one `model_type` in config.json.
 
   Attributes:
-    prefix: First part of the stored names, which some files leave out.
+    prefix: Prefix of the stored names. Some files leave it out.
     model: Function from settings to a model. Raises CheckpointError.
   """
 
@@ -78,7 +78,7 @@ class Family:
   model: Callable[[Settings], FamilyModel]
 
 
-# transformers' name of an activation -> our MLP with a gate, and without.
+# transformers' name of an activation -> ModelConfig.mlp (with a gate, without a gate).
 GATED = {
   'silu': 'swiglu',
   'swish': 'swiglu',
@@ -111,10 +111,10 @@ def even_sizes(
   Args:
     s: The settings.
     d_model: E.
-    heads: Number of heads, of queries as of keys and values.
+    heads: Number of query heads, and of key/value heads.
     d_ff: F.
-    layers: Names of the number of layers.
-    tied: Whether the family's head is tied if the settings do not say.
+    layers: Names that the setting for the number of layers may have.
+    tied: Default of the setting tie_word_embeddings.
   """
   return {
     'num_layers': s.layers(*layers),
@@ -163,7 +163,7 @@ def rotary_fields(
 
 
 def _scaling_fields(scaling: Settings) -> dict[str, Any]:
-  """Return the ModelConfig fields of a scaling of rotary frequencies."""
+  """Return the ModelConfig fields for the setting rope_scaling."""
   known = {name: name for name in ('default', 'linear', 'llama3')}
   name = 'rope_type' if scaling.value('rope_type', default=None) is not None else 'type'
   kind = scaling.choice(name, known, default='default')
@@ -185,8 +185,8 @@ def window_fields(s: Settings, num_layers: int, window: int | None, every: int) 
   Args:
     s: The settings. layer_types, if present, gives the kind of each layer.
     num_layers: L.
-    window: Positions of a sliding layer; None if all layers attend to all positions.
-    every: Without layer_types, one layer in `every` attends to all positions; 0: no layer does.
+    window: Width of the sliding window in positions; None if all layers attend to all positions.
+    every: Without layer_types, every `every`-th layer attends to all positions; 0: no layer does.
   """
   kinds = s.value('layer_types', default=None)
   pattern: tuple[str, ...]

@@ -1,9 +1,9 @@
 """llama.cpp's architectures: conversion of a GGUF file's metadata and names to a family's.
 
-A family's function (registry.py) reads the settings, so a family is described once. A GGUF file
-differs from transformers' files in names and in llama.cpp's conversions: fused matrices hold all
-queries, then all keys, then all values; some architectures rotate interleaved rows; Gemma's norm
-scales have 1 added. The architecture implies the activations.
+The settings go to the family's function (registry.py), the same as for transformers' files. GGUF
+files differ from those in names, and in changes that llama.cpp makes when it converts: fused
+matrices hold all queries, then all keys, then all values; some architectures rotate interleaved
+rows; 1 is added to Gemma's norm scales. Activations are not stored: the architecture implies them.
 """
 
 from collections.abc import Callable, Mapping
@@ -156,7 +156,7 @@ ARCHITECTURES = {
 def gguf_family_model(
   metadata: Mapping[str, Any], stored: Mapping[str, Tensor], where: str
 ) -> FamilyModel:
-  """Return the model that a GGUF file's metadata describe, with the file's tensor names.
+  """Return the model that a GGUF file's metadata describes, with the file's tensor names.
 
   Args:
     metadata: Values by key.
@@ -231,7 +231,7 @@ def _llama3_scaling(
   """Find the rotary scaling from which a file's divisors of frequencies [Q / 2] were computed.
 
   Raises:
-    CheckpointError: The divisors are not Llama 3's for any known original context length.
+    CheckpointError: No known original context length of Llama 3 gives these divisors.
   """
   theta = settings.get('rope_theta', 1e4)
   if type(theta) is float and theta > 0 and freqs.shape == (d_head // 2,):
@@ -250,6 +250,6 @@ def _llama3_scaling(
           'original_max_position_embeddings': length,
         }
   raise CheckpointError(
-    f'{where}: {ROPE_FREQS} changes the rotary frequencies in a way that can not be served; only '
-    "that of Llama 3.1 to 3.3 ('llama3', with factors 1 and 4) can"
+    f"{where}: {ROPE_FREQS} changes the rotary frequencies in a way that can't be served; only the "
+    "scaling of Llama 3.1 to 3.3 ('llama3', with factors 1 and 4) can"
   )

@@ -1,4 +1,4 @@
-"""Families whose tensors each have other names: GPT-2, StarCoder, GPT-J, CodeGen, GPT-NeoX, Phi.
+"""Families that share no tensor names: GPT-2, StarCoder, GPT-J, CodeGen, GPT-NeoX, Phi.
 
 Each function reads a family's settings as its config.json has them, with the defaults of
 transformers, and returns the model with the stored names of its tensors.
@@ -77,12 +77,12 @@ _PHI_MODULES = {
 
 
 def layer_norm(s: Settings, *names: str) -> dict[str, Any]:
-  """Return the ModelConfig fields of layer norm; `names` are the settings' names of its epsilon."""
+  """Return the ModelConfig fields of layer norm. `names`: settings that may hold its epsilon."""
   return {'norm': 'layer', 'norm_scale': 'one', 'norm_epsilon': s.number(*names, default=1e-5)}
 
 
 def _gpt_sizes(s: Settings, tied: bool) -> dict[str, Any]:
-  """Return the sizes as GPT-2's settings name them, and tied_head; `tied` is its default."""
+  """Return the sizes, from settings with GPT-2's names, and tied_head, whose default is `tied`."""
   d_model, heads = s.integer('n_embd', 'hidden_size'), s.integer('n_head', 'num_attention_heads')
   d_ff, layers = s.integer('n_inner', default=4 * d_model), ('n_layer', 'num_hidden_layers')
   return even_sizes(s, d_model, heads, d_ff=d_ff, layers=layers, tied=tied)
@@ -122,7 +122,7 @@ def gpt2(s: Settings) -> FamilyModel:
 def gpt_bigcode(s: Settings) -> FamilyModel:
   """Return a SantaCoder or StarCoder."""
   multiquery = s.flag('multi_query', True)
-  s.value('num_key_value_heads', default=None)  # redundant: multi_query says it
+  s.value('num_key_value_heads', default=None)  # redundant: multi_query states it
   fields = {
     **_gpt_sizes(s, tied=True),
     **layer_norm(s, 'layer_norm_epsilon'),

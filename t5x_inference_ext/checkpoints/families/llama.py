@@ -52,7 +52,15 @@ _AFTER_MODULES = {
 def _fields(
   s: Settings, *, tied: bool, d_head: int | None = None, theta: float = 1e4, part: float = 1.0
 ) -> dict[str, Any]:
-  """Return the ModelConfig fields that these families share; arguments are a family's defaults."""
+  """Return the ModelConfig fields common to the Llama-like families in this module.
+
+  Args:
+    s: The settings.
+    tied: Default of tie_word_embeddings.
+    d_head: Default of head_dim; None: hidden_size / heads.
+    theta: Default base of rotary positions.
+    part: Default fraction of a head's dimensions that is rotated.
+  """
   d_model, heads = s.integer('hidden_size'), s.integer('num_attention_heads')
   sizes = head_sizes(s, d_model, heads, d_head)
   return {
@@ -93,7 +101,7 @@ def mistral(s: Settings) -> FamilyModel:
   """Return a Mistral."""
   fields = _fields(s, tied=False)
   fields |= {**_rms(s), 'mlp': s.choice('hidden_act', GATED, 'silu')}
-  # null, as in Mistral 0.2 and later, means no window, which is not the default.
+  # An explicit null, as in Mistral 0.2 and later, means no window. A missing setting does not.
   window = s.integer('sliding_window', default=4096) if not s.is_null('sliding_window') else None
   fields |= window_fields(s, fields['num_layers'], window, 0)
   return FamilyModel(ModelConfig(**fields), SERIAL_MODULES)
@@ -120,12 +128,12 @@ def _qwen(s: Settings, fields: dict[str, Any]) -> FamilyModel:
     kinds = s.value('layer_types', default=kinds)
     fields |= window_fields(s.changed(layer_types=kinds), layers, window, 0)
   else:
-    s.value('sliding_window', 'layer_types', default=None)  # they have no effect then
+    s.value('sliding_window', 'layer_types', default=None)  # no effect in this case
   return FamilyModel(ModelConfig(**fields), SERIAL_MODULES)
 
 
 def gemma(s: Settings) -> FamilyModel:
-  """Return a Gemma 1, whose activation is GELU's tanh approximation unless it says otherwise."""
+  """Return a Gemma 1. Its default activation is GELU's tanh approximation."""
   fields = {**_gemma_fields(s), **_attention_bias(s)}
   return _gemma_model(fields, SERIAL_MODULES)
 
@@ -141,7 +149,7 @@ def gemma2(s: Settings) -> FamilyModel:
 
 
 def gemma3(s: Settings) -> FamilyModel:
-  """Return a Gemma 3 without pictures. Local layers have their own rotary base, unscaled."""
+  """Return a text-only Gemma 3. Its local layers have another rotary base, without scaling."""
   kinds = s.group('rope_parameters')
   local = kinds.group('sliding_attention') if kinds else None
   if kinds is not None:
@@ -239,7 +247,7 @@ def olmo(s: Settings) -> FamilyModel:
 
 
 def olmo2(s: Settings) -> FamilyModel:
-  """Return an OLMo 2: norms after attention and MLP, and over all query heads and all key heads."""
+  """Return an OLMo 2: norms after attention and MLP; norms over all query or all key heads."""
   fields = {
     **_fields(s, tied=False),
     **_attention_bias(s),

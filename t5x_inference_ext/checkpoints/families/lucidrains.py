@@ -1,8 +1,8 @@
 """PaLM models of lucidrains' palm_rlhf_pytorch, such as conceptofmind's, from their state dict.
 
-There are no settings: sizes follow from shapes, and other properties from that code; they are
-printed. Only the form of norm scales can't be derived: until 2024 the code stored them centred at
-one, since January 2025 at zero.
+A state dict has no settings: sizes are derived from shapes, and other properties are those of
+palm_rlhf_pytorch's code, which are printed. The form of norm scales can't be derived: until 2024
+the code stored them centred at one, since January 2025 centred at zero.
 """
 
 from collections.abc import Mapping

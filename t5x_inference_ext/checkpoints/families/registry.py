@@ -31,8 +31,8 @@ FAMILIES = {
   'mpt': Family('transformer.', bloom.mpt),
   'falcon': Family('transformer.', bloom.falcon),
 }
-# Settings that a family here does not support. A model whose value differs from the first one
-# computes something else.
+# Setting -> its supported values, the default first. With any other value a model computes
+# something else.
 _FOREIGN = {
   'quantization_config': (None,),
   'is_encoder_decoder': (False,),

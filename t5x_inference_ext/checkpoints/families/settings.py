@@ -6,11 +6,11 @@ from typing import Any
 from t5x_inference_ext.errors import CheckpointError, printable
 
 _MAX_INTEGER, _MAX_LAYERS = 2**31, 10_000
-# Marks a setting without a default: it must be present.
+# Stands for "no default": the setting must be present.
 REQUIRED: Any = object()
 
-# Settings that do not affect a decoder's results here: names, training, the cache, how transformers
-# computes. Other unread settings are printed.
+# Settings that do not affect the results of a decoder here: names, training, the cache, details of
+# transformers' implementation. Other settings that no code reads are printed.
 _IRRELEVANT = {
   '_name_or_path',
   'architectures',
@@ -121,7 +121,7 @@ class Settings:
     return None if self.is_null(name) else self.number(name, default=default)
 
   def flag(self, name: str, default: Any = REQUIRED) -> bool:
-    """Return True or False."""
+    """Return the value of a boolean setting."""
     value = self.value(name, default=default)
     if not isinstance(value, bool):
       raise self.error(name, value, 'it must be true or false')
@@ -159,10 +159,10 @@ class Settings:
     value = self.value(name, default=default)
     if value not in supported and value is not default:
       known = ' or '.join(map(str, supported))
-      raise self.error(name, value, f'no such model can be served: supported is {known}')
+      raise self.error(name, value, f"a model with this value can't be served; supported: {known}")
 
   def unread(self) -> Iterator[str]:
-    """Yield the names of settings that were not read but may affect results."""
+    """Yield the names of settings that no code has read but that may affect results."""
     for name, value in self._content.items():
       known = name in self._read or name in _IRRELEVANT or name.startswith('_')
       if not known and value and not any(part in name for part in _IRRELEVANT_PARTS):

@@ -17,7 +17,7 @@ from t5x_inference_ext.errors import CheckpointError, name_list, printable
 
 _HEADS = {'query': 'num_heads', 'key': 'num_kv_heads', 'value': 'num_kv_heads'}
 _CODEGEN_BLOCKS = 4
-# Stored tensors that are not parameters: masks and rotary frequencies from old versions.
+# Stored tensors that are not parameters: masks and rotary frequencies of old transformers versions.
 _CONSTANTS = re.compile(
   r'.*(\.rotary_emb\.(inv_freq|scale)|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|causal_mask'
   r'|embed_positions)$'
@@ -59,7 +59,7 @@ def canonical_tensors(
 
 
 def _tensor(model: FamilyModel, name: str, take: Callable[[str], Tensor], where: str) -> Tensor:
-  """Return one canonical tensor; `take` is a function from a name to the stored tensor."""
+  """Return one canonical tensor; `take(name)` returns a stored tensor."""
   c, p, factor = model.config, params.parameters(model.config)[name], model.factor(name)
   if name in model.absent:
     return Constant(p.shape, factor if p.kind == 'norm' else 0.0, where)
@@ -105,7 +105,7 @@ def _tensor(model: FamilyModel, name: str, take: Callable[[str], Tensor], where:
 def _heads(
   model: FamilyModel, name: str, tensor: Tensor, shape: tuple[int, ...], axis: int, stored_name: str
 ) -> Tensor:
-  """Return the rows of `name` in a stored matrix or bias that may hold several fused tensors.
+  """Return the canonical tensor `name` out of a stored matrix or bias, which may be fused.
 
   Args:
     model: The model.
@@ -148,7 +148,7 @@ def fused_order(c: ModelConfig, fused: str, name: str) -> npt.NDArray[np.int64]:
 
 
 def halves_order(c: ModelConfig, heads: int) -> npt.NDArray[np.int64]:
-  """Return the permutation of all heads' dimensions from interleaved rotation to halves."""
+  """Return the permutation of all heads' dimensions that turns interleaved rotation into halves."""
   rotated = c.rotary_size
   within = np.concatenate(
     [np.arange(0, rotated, 2), np.arange(1, rotated, 2), np.arange(rotated, c.d_head)]
@@ -161,8 +161,8 @@ def _head_norm(
 ) -> Tensor:
   """Return the scale or bias of a layer's norm of queries or keys, [heads * Q].
 
-  Stored is either one head's, which is used for all heads, or every head's: in one tensor, or (with
-  [] in the name) in a tensor for each head.
+  The file stores either one head's values, used for all heads, or all heads' values: in one tensor
+  or, if the name has [], in one tensor per head.
   """
   c = model.config
   heads = getattr(c, _HEADS[name.removesuffix('_norm')])

@@ -1,1 +1,1 @@
-"""Readers of the formats in which T5X and Orbax store checkpoints."""
+"""Readers of stored formats: T5X, Orbax, transformers (safetensors) and GGUF."""

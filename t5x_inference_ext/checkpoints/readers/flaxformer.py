@@ -1,4 +1,4 @@
-"""Reading of flaxformer's parameter tree, as T5X trains it, into canonical tensors.
+"""Conversion of flaxformer's parameter tree, as T5X trains it, to canonical tensors.
 
 Scanned form, with the layer axis L on axis 1 (or 0: flaxformer's scan_axis):
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
-from t5x_inference_ext.checkpoints.conventions import ConventionSources, Said
+from t5x_inference_ext.checkpoints.conventions import ConventionSources, ResolvedOption
 from t5x_inference_ext.checkpoints.readers.flaxformer_model import TreeShape, find_model
 from t5x_inference_ext.checkpoints.readers.flaxformer_names import (
   EMBEDDING,
@@ -51,7 +51,7 @@ _STACK_AXIS = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class ParsedModel:
   """A parameter tree, interpreted as a model.
 
   Attributes:
@@ -69,23 +69,23 @@ class Reading:
   weights: str
   tensors: dict[str, Tensor]
   arrays: tuple[SourceArray, ...]
-  conventions: dict[str, Said]
+  conventions: dict[str, ResolvedOption]
   kind: LayerKind
   layer_axis: int
   form: dict[str, Any]
 
 
-def canonical(tree: Tree, sources: ConventionSources) -> Reading:
+def canonical(tree: Tree, sources: ConventionSources) -> ParsedModel:
   """Determine a tree's model, and find the canonical tensors in the tree's arrays.
 
   Args:
     tree: The parameters, as stored.
-    sources: Sources of conventions. If attention logits are not divided by sqrt(Q), queries are
-      multiplied by sqrt(Q) here.
+    sources: Sources of conventions. With rescale_logits=False, queries are multiplied by sqrt(Q),
+      because the program divides attention logits by it.
 
   Raises:
-    CheckpointError: Parameters are missing, unknown or of the wrong shape, or conventions are not
-      stated. The message names them.
+    CheckpointError: A parameter is missing, unknown or of the wrong shape, or a convention is not
+      stated. The message names it.
   """
   leaves = stack_layers(tree)
   quantized = any(name.endswith('/qkernel') for name in leaves)
@@ -132,11 +132,11 @@ def canonical(tree: Tree, sources: ConventionSources) -> Reading:
     'kernels': {kernel.module: list(kernel.shape) for kernel in kernels},
   }
   weights = _weights(tensors, model, quantized)
-  return Reading(model, weights, tensors, tuple(arrays), conventions, kind, axis, form)
+  return ParsedModel(model, weights, tensors, tuple(arrays), conventions, kind, axis, form)
 
 
 def stack_layers(tree: Tree) -> dict[str, Tensor]:
-  """Return the leaves of a tree in scanned form, whether it is stored scanned or per layer."""
+  """Return the leaves of a tree in scanned form; a per-layer tree is stacked."""
   by_layer: dict[str, dict[int, Tensor]] = {}
   leaves = {}
   for name, leaf in tree.leaves.items():
@@ -169,8 +169,8 @@ def stack_layers(tree: Tree) -> dict[str, Tensor]:
 def find_kind(leaves: Collection[str]) -> LayerKind:
   """Return the kind of layer that best fits the leaves of a tree in scanned form.
 
-  The best kind has the most of its parameters among the leaves, and among equals the fewest
-  missing.
+  It is the kind with most of its parameters among the leaves; of several, the one that misses the
+  fewest.
   """
   stored = modules_in(leaves)
 
@@ -186,8 +186,9 @@ def _unquantized_arrays(
 ) -> list[SourceArray]:
   """Return the arrays of the embedding, the head, the relative bias and the norms.
 
-  They are never quantized. The program always divides logits by sqrt(E); flaxformer does so only
-  with a tied head. So for an untied head, the final norm is multiplied by sqrt(E).
+  These arrays are never quantized. The program always divides logits by sqrt(E), but flaxformer
+  divides them only with a tied head. So with an untied head, the final norm is multiplied by
+  sqrt(E).
   """
   arrays = [whole_array(leaves[EMBEDDING], 'embedding', None)]
   if RELATIVE_BIAS in leaves:
@@ -210,7 +211,7 @@ def _unquantized_arrays(
 
 
 def _check_shared_scales(tree: Tree, kernel: Kernel, model: ModelConfig) -> None:
-  """Raise CheckpointError for quantized kernels with separate scales where the model shares one."""
+  """Raise CheckpointError if kernels have separate scales where the model needs a shared one."""
   matrices = params.parameters(model)
   within = {name for name, _ in kernel.parts}
   for name in within:
@@ -243,7 +244,7 @@ def _weights(tensors: dict[str, Tensor], model: ModelConfig, quantized: bool) ->
 
 
 def _layer_axis(leaves: dict[str, Tensor], kind: LayerKind) -> int:
-  """Return the axis of a layer's norm scale, [E, L] or [L, E], that is not E."""
+  """Return the position of the layer axis, which in a norm scale, [E, L] or [L, E], is not E."""
   shape = leaves[f'{LAYERS}/{kind.norms[0][1]}/scale'].shape
   d_model = leaves[EMBEDDING].shape[-1:]
   return 0 if len(shape) == 2 and shape[1:] == d_model != shape[:1] else 1

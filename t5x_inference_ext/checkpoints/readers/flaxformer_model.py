@@ -1,10 +1,15 @@
-"""The model in flaxformer's parameter tree, from its shapes and from conventions."""
+"""The ModelConfig of a flaxformer tree, derived from its shapes and from conventions."""
 
 from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from t5x_inference_ext.checkpoints.conventions import PALM, ConventionSources, Said, resolve
+from t5x_inference_ext.checkpoints.conventions import (
+  PALM,
+  ConventionSources,
+  ResolvedOption,
+  resolve,
+)
 from t5x_inference_ext.checkpoints.readers.flaxformer_names import EMBEDDING, HEAD, RELATIVE_BIAS
 from t5x_inference_ext.checkpoints.readers.layer_kinds import (
   LayerKind,
@@ -22,7 +27,7 @@ _PALM_MLPS = {1: 'gelu', 2: 'swiglu'}
 
 @dataclasses.dataclass(frozen=True)
 class TreeShape:
-  """Properties of a model that its tree shows.
+  """Properties of a model that can be derived from its tree.
 
   Attributes:
     kind: The kind of the model's layers.
@@ -45,7 +50,7 @@ class TreeShape:
     return None if leaf is None else leaf.shape
 
   def facts(self) -> dict[str, Any]:
-    """Return the ModelConfig fields, except sizes, that the tree shows."""
+    """Return the ModelConfig fields, except sizes, that can be derived from the tree."""
     facts: dict[str, Any] = {'block': self.kind.block, 'norm': self.norm}
     facts['tied_head'] = HEAD not in self.leaves
     if self.bias_table is not None:
@@ -55,12 +60,12 @@ class TreeShape:
 
 def find_model(
   shape: TreeShape, sources: ConventionSources, where: str
-) -> tuple[ModelConfig, dict[str, Said]]:
-  """Return a tree's model, and the conventions that its weights do not show.
+) -> tuple[ModelConfig, dict[str, ResolvedOption]]:
+  """Return a tree's model, and the conventions that had to be looked up.
 
   Args:
-    shape: Properties that the tree shows.
-    sources: Sources of conventions. A model that the user requires must be the tree's.
+    shape: The tree's properties.
+    sources: Sources of conventions. If they include a required model, it must equal the tree's.
     where: The checkpoint, for messages.
 
   Raises:
@@ -74,22 +79,25 @@ def find_model(
   inputs = shape.kind.mlp_inputs(shape.kernels)
   facts, config = shape.facts(), sources.config
   if config is not None:
-    _check_asked(config, facts, inputs)
+    _check_required(config, facts, inputs)
   needed = _needed(shape, sources, where)
   heads = shape.bias_table[0] if shape.bias_table else None
-  told = sources.find('num_heads')
-  known = told.value if told else None
+  stated_heads = sources.find('num_heads')
+  known = stated_heads.value if stated_heads else None
   try:
     sizes = {} if config else shape.kind.sizes(shape.kernels, heads or known)
   except UnknownHeads:
     sizes, needed = {}, (*needed, 'num_heads')
-  if told is not None and sizes and sizes['num_heads'] != told.value:
-    raise UnknownSizes(f'num_heads={told}, but the kernels have {sizes["num_heads"]}')
+  if stated_heads is not None and sizes and sizes['num_heads'] != stated_heads.value:
+    raise UnknownSizes(f'num_heads={stated_heads}, but the kernels have {sizes["num_heads"]}')
   defaults = {**PALM, 'mlp': _PALM_MLPS[inputs]} if shape.kind.is_palms else {}
-  said = resolve(sources, needed, inputs, defaults, where)
+  stated = resolve(sources, needed, inputs, defaults, where)
   if shape.norm == 'layer':  # flax's layer norm always stores scales centred at one
-    said = {'norm_scale': sources.find('norm_scale') or Said('one', "flax's LayerNorm"), **said}
-  values = {name: s.value for name, s in said.items() if name != 'rescale_logits'}
+    stated = {
+      'norm_scale': sources.find('norm_scale') or ResolvedOption('one', "flax's LayerNorm"),
+      **stated,
+    }
+  values = {name: s.value for name, s in stated.items() if name != 'rescale_logits'}
   if config is not None:
     model = dataclasses.replace(config, **values)
   else:
@@ -98,9 +106,9 @@ def find_model(
     model = ModelConfig(**{**sizes, **facts, **values})
   if len(model.mlp_inputs) != inputs:
     raise UnknownSizes(
-      f'mlp={said["mlp"]} has {len(model.mlp_inputs)} input matrices, but the tree has {inputs}'
+      f'mlp={stated["mlp"]} has {len(model.mlp_inputs)} input matrices, but the tree has {inputs}'
     )
-  return model, said
+  return model, stated
 
 
 def _needed(shape: TreeShape, sources: ConventionSources, where: str) -> tuple[str, ...]:
@@ -120,13 +128,15 @@ def _needed(shape: TreeShape, sources: ConventionSources, where: str) -> tuple[s
   return (*names, 'rescale_logits', 'relative_max_distance')
 
 
-def _check_asked(config: ModelConfig, facts: Mapping[str, Any], inputs: int) -> None:
+def _check_required(config: ModelConfig, facts: Mapping[str, Any], inputs: int) -> None:
   """Raise UnknownSizes if the model that the user requires differs from what the tree shows."""
   shown = {name: (getattr(config, name), value) for name, value in facts.items()}
   if 'positions' not in facts and config.positions == 'relative':
     shown['positions'] = config.positions, 'no relative bias'
   if len(config.mlp_inputs) != inputs:
     shown['mlp'] = config.mlp, f'{inputs} input matrices'
-  for name, (asked, found) in shown.items():
-    if asked != found:
-      raise UnknownSizes(f'the model asked for has {name}={asked}, but the tree has {name}={found}')
+  for name, (required, found) in shown.items():
+    if required != found:
+      raise UnknownSizes(
+        f'the model asked for has {name}={required}, but the tree has {name}={found}'
+      )

@@ -18,14 +18,14 @@ RELATIVE_BIAS = 'decoder/relpos_bias/rel_embedding'
 HEAD = 'decoder/logits_dense/kernel'
 LAYERS = 'decoder/decoder'
 LAYER = re.compile(r'decoder/layers_(0|[1-9][0-9]{0,8})/(.*)')
-# Optional parameters, which a model with any kind of layers may have.
+# Optional parameters outside the layers, for all kinds of layers.
 OPTIONAL = (RELATIVE_BIAS, HEAD)
 SUPPORTED = (
   "Supported are decoders of flaxformer's ParallelFusedDecoderLayer or DecoderLayer, and T5X's "
   'decoder_only: positions that are rotary, a relative bias of all layers or none, an MLP of one '
   'or two inputs, no biases except in layer norms'
 )
-# (pattern of a parameter's name, reason why a model with such a parameter can't be served)
+# (pattern of a name, why a model with a parameter of that name can't be served)
 _REASONS = (
   (r'position_embedder', 'positions must not be learned'),
   (r'relpos_bias|rel_embedding', "a relative bias must be one table for all layers, decoder's"),
@@ -76,7 +76,7 @@ def check_names(
 
 
 def check_dtypes(leaves: Mapping[str, Tensor]) -> None:
-  """Raise CheckpointError for a parameter that is not float; a qkernel may have any dtype."""
+  """Raise CheckpointError for a parameter that is not float. A qkernel may have any dtype."""
   for name, leaf in leaves.items():
     is_float = leaf.dtype.kind == 'f' or leaf.dtype == ml_dtypes.bfloat16
     if not is_float and not name.endswith('/qkernel'):
@@ -107,7 +107,7 @@ def check_shapes(
     config: The model.
     quantized: Whether kernels are qkernel and qscale.
     axis: Position of the layer axis.
-    given: Whether the user gave the model. Otherwise it was derived from the checkpoint.
+    given: Whether the user gave `config`. Otherwise it was derived from the checkpoint.
   """
 
   def layered(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """Dequantization of ggml's blocks to float32.
 
-A row of a tensor is cut into blocks, each with its own scale. In the layouts below, d and m are
-float16, one byte holds two values of 4 bits, and a block's values are listed in their order:
+A row of a tensor is cut into blocks, each with its own scale. Below are each type's fields, in the
+order of their bytes, and the formula of a value. d and m are float16, and one byte holds two values
+of 4 bits:
 
   Q8_0  d, 32 x int8                                        value d q
   Q4_0  d, 16 bytes: low halves, then high halves           value d (q - 8)
@@ -60,7 +61,8 @@ def _q4_1(blocks: np.ndarray) -> np.ndarray:
 def _q4_k(blocks: np.ndarray) -> np.ndarray:
   n, packed = len(blocks), blocks[:, 4:16]
   low, high, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
-  # The upper 2 bits of scales and minima 4 to 7 are in the upper bits of bytes 0 to 3.
+  # The upper 2 bits of bytes 0 to 3 belong to scales 4 to 7, those of bytes 4 to 7 to minima 4 to
+  # 7.
   scales = np.concatenate([low & 63, (rest & _LOW) | (low >> 6 << 4)], 1)
   minima = np.concatenate([high & 63, (rest >> 4) | (high >> 6 << 4)], 1)
   quants = _halves(blocks[:, 16:].reshape(n * 4, 32)).reshape(n, 8, 32)

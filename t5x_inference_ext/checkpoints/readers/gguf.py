@@ -1,4 +1,4 @@
-"""Tensors of GGUF files, plain or quantized, which can be read in slices."""
+"""Tensors of GGUF files, plain or quantized, read slice by slice."""
 
 import math
 import os
@@ -54,7 +54,7 @@ class QuantizedTensor(Tensor):
     first, last = begin // values, -(-end // values)
     index = (*(slice(*b) for b in rows), slice(first * nbytes, last * nbytes))
     stored = self._blocks.read(index)
-    with np.errstate(invalid='ignore'):  # infinite scales: loading and conversion report NaN
+    with np.errstate(invalid='ignore'):  # 0 * infinity, with a damaged scale: callers check for NaN
       found = self._kind.dequantize(stored.reshape(-1, nbytes))
     found = found.reshape(*stored.shape[:-1], -1)
     return found[..., begin - first * values : end - first * values]

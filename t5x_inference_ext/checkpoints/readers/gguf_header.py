@@ -4,8 +4,8 @@
   each key:     name, type, value                           an array has a type, a length, values
   each tensor:  name, number of sizes, sizes (innermost first), type, offset
 
-A header is not trusted: before anything is read, its length is compared with the bytes left in the
-file and with a limit.
+A header is not trusted: before each read, the length is compared with a limit and with the bytes
+that are left in the file.
 """
 
 from collections.abc import Callable
@@ -114,7 +114,7 @@ class _Reader:
     """Return the next `size` bytes; raise CheckpointError if the file or a limit has fewer."""
     if self.position + size > min(self._file.size, _MAX_HEADER):
       raise CheckpointError(
-        f'{self._file.path} is cut off, or damaged: byte {self.position} of its header asks for '
+        f'{self._file.path} is cut off, or damaged: byte {self.position} of its header needs '
         f'{size} bytes more, but the file has {self._file.size}, and no header has more than '
         f'{_MAX_HEADER}'
       )
@@ -132,11 +132,11 @@ class _Reader:
   def number(self, form: str) -> Any:
     """Return the next number, as a Python number."""
     (value,) = struct.unpack(form, self.take(struct.calcsize(form)))
-    # Read 1e-5, not 9.99999974e-6: take the shortest decimal that gives this float32.
+    # Take the shortest decimal that rounds to this float32: 1e-5, not 9.99999974e-6.
     return float(str(np.float32(value))) if form == '<f' else value
 
   def count(self, what: str, form: str, limit: int, least_bytes: int) -> int:
-    """Return the next number, a count of things that take at least `least_bytes` bytes each."""
+    """Return the next number, a count of items of at least `least_bytes` bytes each."""
     count = self.number(form)
     if count > limit or count * least_bytes > self._file.size - self.position:
       raise CheckpointError(
@@ -154,7 +154,7 @@ class _Reader:
       return data.decode('utf-8', 'surrogateescape')  # tokens of some vocabularies are not UTF-8
 
   def named(self, count: int, what: str, read: Callable[[], Any]) -> dict[str, Any]:
-    """Read `count` things, each with its name before it; return name -> thing."""
+    """Read `count` items, each after its name; return name -> item."""
     found: dict[str, Any] = {}
     for _ in range(count):
       name = self.text()
@@ -166,7 +166,7 @@ class _Reader:
     return found
 
   def value(self) -> Any:
-    """Read the next key's type and value; return the value."""
+    """Return the value of a metadata entry, whose type comes first."""
     kind = self.number('<I')
     if kind == _STRING:
       return self.text()

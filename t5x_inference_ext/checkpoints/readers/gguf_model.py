@@ -1,4 +1,4 @@
-"""Reading of models from GGUF files."""
+"""Reader of models in GGUF files."""
 
 import collections
 

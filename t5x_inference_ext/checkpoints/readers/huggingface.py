@@ -1,4 +1,4 @@
-"""Reading of models that transformers saved: config.json, and weights as safetensors."""
+"""Reader of models saved by transformers: config.json, and weights as safetensors."""
 
 from collections.abc import Iterable, Mapping
 import os
@@ -44,7 +44,7 @@ def read_huggingface(path: str, norm_scale: str | None = None) -> PublicModel | 
     return _lucidrains(path, *found, norm_scale)
   if content is None:
     raise CheckpointError(
-      f'{path} holds safetensors but no {HUGGINGFACE_CONFIG}, which says what model they are'
+      f'{path} holds safetensors but no {HUGGINGFACE_CONFIG}, which describes the model'
     )
   stored, crc = found
   settings = Settings(content, f'{path}/{HUGGINGFACE_CONFIG}')
@@ -52,7 +52,7 @@ def read_huggingface(path: str, norm_scale: str | None = None) -> PublicModel | 
   prefix = family_of(settings).prefix
   unread = sorted(settings.unread())
   notes = (
-    f'settings in {HUGGINGFACE_CONFIG} that are not known and not used: '
+    f'unknown settings in {HUGGINGFACE_CONFIG}, which have no effect: '
     f'{name_list(unread, len(unread))}',
   )
   return PublicModel.of_family(
@@ -85,7 +85,7 @@ def _lucidrains(
 
 
 def _with_prefix(stored: Mapping[str, Tensor], prefix: str, head: str) -> dict[str, Tensor]:
-  """Add the prefix to all tensor names except the head's, if the file leaves it out."""
+  """Add a family's prefix to all tensor names except the head's, unless the file has it."""
   if any(name.startswith(prefix) for name in stored):
     return dict(stored)
   return {n if n.startswith(f'{head}.') else f'{prefix}{n}': t for n, t in stored.items()}

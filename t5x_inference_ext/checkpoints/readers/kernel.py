@@ -16,7 +16,7 @@ class Kernel:
     module: Path of the kernel's module in a layer's subtree.
     inputs: Sizes of the axes that a matmul sums over.
     outputs: Sizes of the axes that a matmul keeps.
-    parts: (canonical name, width) of each matrix, in the order on the part axis.
+    parts: (canonical name, width) of each matrix on the part axis, in order.
     axis: Position of the part axis in inputs + outputs.
   """
 
@@ -39,7 +39,7 @@ class Kernel:
     Args:
       num_layers: L.
       layer_axis: Position of the layer axis in the stored kernel.
-      factors: By canonical name, the factor to multiply stored values by; 1 if missing.
+      factors: Canonical name -> factor by which stored values are multiplied; 1 if missing.
     """
     parts, start = [], 0
     for name, width in self.parts:
@@ -59,7 +59,7 @@ class Kernel:
     Args:
       config: The model.
       layer_axis: Position of the layer axis in `qscale`.
-      factors: As in `layout`. For a quantized matrix the factor is applied to its scale.
+      factors: As in `layout`, applied to the scale of a quantized matrix.
     """
     matrices = params.parameters(config)
     is_summed = self.axis < len(self.inputs)

@@ -1,6 +1,6 @@
 """flaxformer's decoder layers: the names, axes and canonical matrices of their kernels.
 
-All differences between kinds of layers are in these tables, with which flaxformer.py reads trees.
+flaxformer.py reads trees by these tables, which hold all differences between kinds of layers.
 Shapes are those of one layer, without the layer axis. C is the number of columns per head.
 
   ParallelFusedDecoderLayer, for multiquery only; C = Q + 2F/H with a gate, else Q + F/H
@@ -44,15 +44,16 @@ class LayerKind:
     name: flaxformer's name of the layer, for messages.
     block: Value of ModelConfig.block for such layers.
     norms: (canonical name, module) of each norm.
-    alternatives: A list of choices, each a list of sets of modules. From each choice, a tree has
-      exactly one set.
-    ranks: Numbers of axes that a module's kernel may have.
+    alternatives: A list of choices. Each choice is a list of sets of modules, and a tree has
+      exactly one set of each choice.
+    ranks: Module -> the numbers of axes that its kernel may have.
     sizes: Function from stored shapes, and the number of heads if it is known, to (d_ff, num_heads,
       d_head, num_kv_heads). Raises UnknownSizes.
     mlp_inputs: Function from stored shapes to the number of matrices that feed the MLP, 1 or 2.
     kernels: Function from a model to {module -> kernel}, for the modules of all alternatives.
-    output_factor: Factor by which the layer multiplies its outputs before it adds them.
-    is_palms: Whether to assume PaLM's conventions if no source states them.
+    output_factor: Factor by which the layer multiplies the outputs of attention and MLP before it
+      adds them.
+    is_palms: Whether PaLM's conventions are assumed if no source states any.
   """
 
   name: str
@@ -95,7 +96,7 @@ def _fused_inputs(shapes: Shapes) -> int:
 
 
 def _fused_sizes(shapes: Shapes, known_heads: int | None) -> dict[str, int]:
-  del known_heads  # unused: the shapes show them
+  del known_heads  # unused: the shapes determine the number of heads
   (_, heads, columns), (_, kv_heads, kv_columns) = shapes[Q_WI], shapes[KV]
   inputs = _fused_inputs(shapes)
   q = kv_columns // 2

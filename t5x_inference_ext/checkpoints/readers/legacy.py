@@ -17,8 +17,8 @@ from t5x_inference_ext.errors import CheckpointError, printable
 
 INDEX = 'checkpoint'
 
-# flax's msgpack extension types, and the key that marks an array that flax divided into pieces,
-# because msgpack is limited to 4 GiB.
+# flax's msgpack extension types, and the key of an array that flax cut into pieces, because a
+# msgpack value has at most 4 GiB.
 _NDARRAY, _SCALAR = 1, 3
 _CHUNKED = '__msgpack_chunked_array__'
 
@@ -27,8 +27,8 @@ def read_legacy(path: str, index: bytes) -> Tree:
   """Return the parameters of the checkpoint directory `path`, whose msgpack file holds `index`.
 
   Raises:
-    CheckpointError: The index is of another kind, an array is missing, or an array's shape differs
-      from the index.
+    CheckpointError: The file is not an index of T5X, an array is missing, or its shape differs from
+      the index.
   """
   where = f'{path}/{INDEX}'
   content = parse_index(index, where)
@@ -88,7 +88,7 @@ def parse_index(data: bytes, path: str) -> Any:
 
 
 def pack_array(values: npt.ArrayLike) -> msgpack.ExtType:
-  """Encode a small array in the form that flax uses inside an index, and parse_index reads."""
+  """Encode a small array as flax does inside an index; parse_index decodes it."""
   values = np.asarray(values)
   content = values.shape, values.dtype.name, values.tobytes()
   return msgpack.ExtType(_NDARRAY, msgpack.packb(content, use_bin_type=True))
@@ -97,7 +97,7 @@ def pack_array(values: npt.ArrayLike) -> msgpack.ExtType:
 def flat_leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
   """Yield the keys and value of each leaf (a reference to an array, or any value but a dict)."""
   pending: list[tuple[tuple[str, ...], Any]] = [((), tree)]
-  while pending:  # no recursion: a damaged index may be nested too deeply for it
+  while pending:  # no recursion: a damaged index may be nested too deeply
     keys, node = pending.pop()
     if isinstance(node, dict) and not _is_reference(node):
       pending += [((*keys, str(key)), child) for key, child in reversed(node.items())]

@@ -28,7 +28,7 @@ _PLACEHOLDER = 'PLACEHOLDER://'
 # Orbax writes into a directory whose name contains this, and renames it when everything is written.
 _UNFINISHED = re.compile(r'\.orbax-checkpoint-tmp\b[^/]*(/|$)')
 
-# Keys in the tree -> leaf; None for an array in the store.
+# Keys in the tree -> leaf of the index; None: the leaf is an array in the store.
 _Leaves: TypeAlias = dict[tuple[str, ...], Tensor | None]
 
 

@@ -1,4 +1,4 @@
-"""PublicModel, the result of readers of public formats: a model, its tensors, its text settings."""
+"""The result of readers of public formats: a model, its tensors, its text settings."""
 
 from collections.abc import Collection, Mapping
 import dataclasses
@@ -24,7 +24,7 @@ class PublicModel:
     tensors: The canonical tensors, by name.
     stored: The stored tensors, by stored name.
     notes: Lines for commands to print: properties that were found or assumed.
-    text: The source's text settings, as far as they can be used.
+    text: The source's text settings, without those that can't be used.
     index_crc32: CRC-32 of all headers, which identifies the source.
   """
 
@@ -64,7 +64,7 @@ class PublicModel:
       index_crc32: See the attributes.
       title: The first note.
       notes: The last notes.
-      types: Storage types of the weights as text, if they differ from the dtype of the values read.
+      types: Text with the stored types, if these differ from the dtype of the values that are read.
       settings: Names of stored tensors that hold settings, not weights.
 
     Raises:

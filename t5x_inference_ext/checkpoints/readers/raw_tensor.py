@@ -27,13 +27,13 @@ class RawTensor(Tensor):
     """
     super().__init__(shape, dtype, file.path)
     self._file, self._offset = file, offset
-    # Any bytes can be read, so a chunk is nominal: whole rows, which are one range of bytes.
+    # Any range of bytes can be read, so the chunk is nominal: whole rows, which are contiguous.
     self.chunk = (*(1 for _ in self.shape[:-1]), *self.shape[-1:])
 
   def _read(self, bounds: Bounds) -> np.ndarray:
     out = np.empty([end - begin for begin, end in bounds], self.dtype)
-    # The trailing axes that are read whole, and the range of the axis before them, are one range
-    # of bytes; the axes before those are looped over.
+    # The trailing axes that are read whole, with the range of the axis before them, are one range
+    # of bytes. Loop over all axes before that one.
     inner = len(bounds)
     while inner and bounds[inner - 1] == (0, self.shape[inner - 1]):
       inner -= 1

@@ -23,7 +23,7 @@ from t5x_inference_ext.errors import CheckpointError, name_list, printable
 
 SAFETENSORS = 'model.safetensors'
 SAFETENSORS_INDEX = f'{SAFETENSORS}.index.json'
-# Larger headers are refused. The header of a file of 100,000 arrays has 12 MB.
+# Larger headers are refused. For 100,000 arrays a header has 12 MB.
 MAX_HEADER_BYTES = 64 * 2**20
 _LENGTH_BYTES = 8
 _DTYPES = {
@@ -113,8 +113,9 @@ def read_safetensors_file(directory: str, name: str) -> tuple[dict[str, Tensor],
   begin = _LENGTH_BYTES + length
   if length > MAX_HEADER_BYTES or begin > file.size:
     raise CheckpointError(
-      f'{file.path} is not a safetensors file, or is cut off: its header is said to have {length} '
-      f'bytes, but the file has {file.size}, and no header has more than {MAX_HEADER_BYTES}'
+      f'{file.path} is not a safetensors file, or is cut off: its first bytes give the header '
+      f'{length} bytes, but the file has {file.size}, and no header has more than '
+      f'{MAX_HEADER_BYTES}'
     )
   data = file.read(_LENGTH_BYTES, length).tobytes()
   header = storage.load_json(data, f'the header of {file.path}')

@@ -1,4 +1,4 @@
-"""Conventions of a model of flaxformer's or T5X's decoder_only modules, from their options.
+"""Conventions of a model made of flaxformer's or T5X's decoder_only modules, from module options.
 
 The options come from a run's gin file (training_gin.py), or from the modules themselves
 (t5x/stock_model.py).
@@ -35,7 +35,8 @@ _KINDS = {
   'MultiQueryDotProductAttention': 'MultiHeadDotProductAttention',
   'T5LayerNorm': 'LayerNorm',
 }
-# Activation -> kind of MLP: of a single input matrix; of the first of two, if the second is linear.
+# Activation -> ModelConfig.mlp. _PLAIN: MLPs with one input matrix. _GATED: MLPs with two, whose
+# second is linear.
 _PLAIN = {'gelu': 'gelu', 'relu': 'relu', 'swish': 'swish', 'silu': 'swish'}
 _GATED = {
   'gelu': 'geglu',
@@ -53,7 +54,7 @@ class StockModule(NamedTuple):
   Attributes:
     name: Name of the module's class, a key of OPTIONS.
     option: Name of the option.
-    value: Value of the option; compared with values of other modules, so it must have a hash.
+    value: Value of the option; hashable, so that values of several modules can be compared.
   """
 
   name: str
@@ -76,8 +77,8 @@ def conventions_of(modules: Iterable[StockModule], where: str, exact: bool = Tru
   Args:
     modules: The options of all modules of known classes.
     where: Name of the configuration, for messages.
-    exact: Whether these are exactly the model's modules. If they are only candidates, an option
-      with several values is ignored.
+    exact: Whether `modules` are exactly the model's. If they are only candidates, an option with
+      several values is ignored.
 
   Raises:
     CheckpointError: An option is not supported, or modules of one kind have different options.

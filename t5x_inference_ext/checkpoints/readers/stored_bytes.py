@@ -14,12 +14,12 @@ from t5x_inference_ext.errors import CheckpointError, printable
 class StoredBytes:
   """A file that is read by byte ranges. Threads may share it.
 
-  A local file is read with `pread`, not through a memory map, because mapped pages count as memory
-  of the process, and truncating a mapped file kills the process.
+  A local file is read with `pread`, not through a memory map: mapped pages count as memory of the
+  process, and if the file is truncated, the process is killed.
 
   Attributes:
     path: Address of the file, for messages.
-    size: Bytes of the file; infinite in a bucket, where the size is not known before reading.
+    size: Bytes of the file; infinite in a bucket, where the size is unknown until it is read.
   """
 
   def __init__(self, directory: str, name: str) -> None:

@@ -1,7 +1,7 @@
 """Conventions from the config.gin that T5X writes into the directory of a training run.
 
 The file is only parsed, so modules that it imports need not be installed. If a binding refers to a
-class, options of the class that are not bound have flaxformer's defaults.
+class, the class's unbound options have flaxformer's defaults.
 """
 
 from collections.abc import Iterator, Mapping, Set
@@ -45,7 +45,7 @@ class _Macro:
   name: str
 
 
-# Stands for a value that is not plain, such as a macro bound to a reference.
+# Stands for a value that is not a literal, such as a macro bound to a reference.
 _UNKNOWN = object()
 
 
@@ -133,7 +133,7 @@ def _references(value: Any) -> Iterator[_Reference]:
 
 
 def _resolved(value: Any, macros: Mapping[str, Any], depth: int = 8) -> Any:
-  """Return a plain value, with macros replaced by their values; else _UNKNOWN."""
+  """Replace macros by their values; return _UNKNOWN if the result is not a literal."""
   if isinstance(value, _Macro):
     return _resolved(macros.get(value.name, _UNKNOWN), macros, depth - 1) if depth else _UNKNOWN
   if isinstance(value, (list, tuple)):
@@ -145,13 +145,12 @@ def _resolved(value: Any, macros: Mapping[str, Any], depth: int = 8) -> Any:
 def _values(
   bound: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any], scopes: Set[str]
 ) -> Iterator[tuple[str, Any]]:
-  """Yield the name and a value of each option of a class, once for each value that it may have.
+  """Yield (option, value) for each value that an option of a class may have.
 
   Args:
     bound: Option -> scope -> value in a gin file.
     defaults: Option -> value where the file binds none.
-    scopes: Scopes of the references to the class. A reference without a scope may be called in any
-      scope.
+    scopes: Scopes of the references to the class. A reference without a scope may run in any scope.
   """
   for option, default in defaults.items():
     by_scope = {'': default, **bound.get(option, {})}

@@ -15,7 +15,7 @@ from t5x_inference_ext.errors import CheckpointError
 # once.
 CACHE_BYTES = 512 * 2**20
 _cached = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
-# No cache: for values that are read only once, or must come from the disk.
+# No cache: for values that are read only once, or have to be read from the disk again.
 _uncached = ts.Context({'cache_pool': {'total_bytes_limit': 0}})
 
 
@@ -58,9 +58,8 @@ class ZarrTensor(Tensor):
 class _GzipTrailers:
   """The last bytes of an array's gzip chunks, each read once.
 
-  tensorstore compares the checksum and the length at the end of a gzip stream, but accepts a stream
-  that was cut off within them. The last 4 bytes of a complete stream are the number of bytes that
-  it decompresses to.
+  A gzip stream ends with a checksum and, in its last 4 bytes, its decompressed size. tensorstore
+  compares both, but accepts a stream that was cut off within these bytes.
   """
 
   _BYTES = 4
@@ -82,14 +81,14 @@ class _GzipTrailers:
     return cls(store, spec['metadata']) if is_gzip else None
 
   def read(self, bounds: Bounds) -> dict[str, ts.Future]:
-    """Start reading new trailers of chunks in `bounds`; return chunk key -> future."""
+    """Start reading trailers of chunks in `bounds`, once each; return chunk key -> future."""
     ranges = (range(begin // c, -(-end // c)) for (begin, end), c in zip(bounds, self._chunk))
     keys = (self._separator.join(map(str, place)) or '0' for place in itertools.product(*ranges))
     tail = slice(-self._BYTES, None)
     return {k: self._kvstore.read(k, byte_range=tail) for k in keys if k not in self._checked}
 
   def damage(self, trailers: dict[str, ts.Future]) -> str | None:
-    """Return a message with the first chunk that is cut off, or None if all are complete."""
+    """Return a message about the first chunk that is cut off; None if all chunks are complete."""
     for key, trailer in trailers.items():
       try:
         found = trailer.result()

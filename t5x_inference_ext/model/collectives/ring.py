@@ -29,7 +29,7 @@ class Ring:
     self.axes = tuple(a for a in axes if lax.axis_size(a) > 1)
     self.size = ops.axis_size(self.axes)
     sizes = tuple(lax.axis_size(a) for a in self.axes)
-    self.order = snake(sizes)
+    self.order = gray_code(sizes)
     # lax.ppermute numbers shards by the mesh's order of axes, whatever the order of its argument.
     self._mesh_axes = tuple(
       a for a in jax.sharding.get_abstract_mesh().axis_names if a in self.axes
@@ -56,7 +56,7 @@ class Ring:
 
 
 @functools.cache
-def snake(sizes: tuple[int, ...]) -> tuple[int, ...]:
+def gray_code(sizes: tuple[int, ...]) -> tuple[int, ...]:
   """Return a walk through a grid from neighbour to neighbour, as linear indices (row-major).
 
   The order is the reflected mixed-radix order: one dimension is walked once, from its first to its

@@ -1,4 +1,4 @@
-"""Check of golden tokens (decoded by T5X, or by a NumPy reference) in every pair of layouts."""
+"""Check tokens in every pair of layouts against golden ones, by T5X or a NumPy reference."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -24,12 +24,13 @@ from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.precompile.program import phase_function
 from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout, check_pair
 
-# Where both phases have one layout, all golden tokens of float32 weights are decoded. Else the
-# cache moves from one layout to the other after the first token, and a few more suffice.
-# Weights of int8 change products, not the cache.
+# Number of tokens to decode, unless both phases have one layout and weights are float32: then all
+# golden tokens are decoded. FEW_STEPS: for two layouts, between which the cache is resharded after
+# the first token. INT8_STEPS: for int8 weights, which change matmuls but not the cache.
 FEW_STEPS, INT8_STEPS = 8, 16
 _CONTEXT = 96  # positions of the cache: the longest prompt, BOS and all new tokens, in whole tiles
-# Beside what selfcheck.few_optimizations leaves out, on a CPU: loops are compiled faster without.
+# XLA passes to turn off on a CPU, besides those of selfcheck.few_optimizations, so that loops
+# compile faster.
 _QUICK: dict[str, Any] = {'xla_cpu_use_fusion_emitters': False}
 
 
@@ -68,7 +69,7 @@ class PairResult:
     steps: Number of tokens compared for each row.
     seconds: Time to compile and run, in seconds.
     different: How the first wrong token differs; '' if there is none.
-    impossible: Why the mesh can't have this pair; '' if it can.
+    impossible: Why this pair is impossible on the mesh; '' if it is possible.
   """
 
   prefill: str
@@ -92,14 +93,14 @@ def layout_pairs() -> list[tuple[Layout, Layout]]:
     for attention in ATTENTION:
       try:
         layouts.append(Layout(feedforward, attention))
-      except MeshError:  # as wg_xyz/heads, where no axis is left for heads
+      except MeshError:  # such as wg_xyz/heads, which leaves no axis for heads
         continue
   pairs = []
   for prefill in layouts:
     for decode in layouts:
       try:
         check_pair(prefill, decode)
-      except MeshError:  # ws_1d stores weights in another way
+      except MeshError:  # ws_1d and the others store weights differently
         continue
       pairs.append((prefill, decode))
   return pairs
@@ -136,16 +137,17 @@ def check_goldens(
 
 
 class _Check:
-  """Keeps what pairs share: weights by how they are stored, and what one layout alone decides.
+  """Decodes in pairs of layouts, and caches what several pairs share.
 
-  A prefill knows nothing of the decode layout, and a decode step nothing of the prefill's: between
-  them, the cache moves as it does after a prefill in chunks.
+  Weights are shared by layouts that store them alike, a prefill by all pairs with its layout, and a
+  compiled decode step likewise. Prefill's cache is in the prefill layout: it is resharded before
+  decode, as after a prefill in chunks.
   """
 
   def __init__(self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, goldens: Goldens) -> None:
     self._checkpoint, self._mesh = checkpoint, mesh
     self._wanted = goldens.tokens[checkpoint.weights]
-    # Every layout can split a multiple of the devices.
+    # Every layout can split a number of rows that is a multiple of the number of devices.
     rows = math.lcm(len(goldens.prompts), mesh.size)
     prompts = [goldens.prompts[i % len(goldens.prompts)] for i in range(rows)]
     self._tokens, self._lengths = model_inputs(prompts, max(map(len, prompts)))
@@ -181,7 +183,7 @@ class _Check:
   def _case(self, phase: str, layout: Layout) -> CompileCase:
     return CompileCase(
       self._checkpoint.config,
-      'int8' if self._checkpoint.weights == 'int8' else 'bfloat16',  # bfloat16: not int8
+      'int8' if self._checkpoint.weights == 'int8' else 'bfloat16',  # any value but 'int8' is float
       phase,
       len(self._lengths),
       _CONTEXT,
@@ -206,6 +208,6 @@ class _Check:
     function, arguments = phase_function(self._case(phase, layout), self._mesh)
     device = self._mesh.devices.flat[0]
     options: Any = _QUICK if device.platform == 'cpu' else compiler_options(device)
-    # By default a TPU rounds the factors of float32 products to bfloat16.
+    # By default a TPU rounds the operands of float32 matmuls to bfloat16.
     with jax.default_matmul_precision('highest'), programs.stated_dtypes():
       return function.lower(*arguments).compile(compiler_options=options)

@@ -1,4 +1,4 @@
-"""The machine that a selfcheck runs on: versions, devices, their torus and their memory."""
+"""Description of the machine of a selfcheck: versions, devices, their torus and memory."""
 
 import importlib.metadata
 import os
@@ -54,7 +54,7 @@ def device_memory() -> dict[str, int]:
 
 
 def machine_text(found: dict[str, Any]) -> str:
-  """Return a line about a machine, given what describe_machine returned."""
+  """Return a line about a machine, from the result of describe_machine."""
   shape = f', a torus of {found["torus"]}' if found['torus'] else ''
   kept = ', '.join(f'{name} {version}' for name, version in found['versions'].items() if version)
   return (

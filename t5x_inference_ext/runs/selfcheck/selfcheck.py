@@ -32,7 +32,7 @@ from t5x_inference_ext.text_format import seconds_text
 REPORT_FORMAT, REPORT_VERSION = 't5x_inference_ext selfcheck', 1
 _BUNDLED = pathlib.Path('examples', 'palm_tiny', 'checkpoint_1000')
 _CHECKOUT = pathlib.Path(__file__).resolve().parents[3]
-# The configurations to serve requests with: dtypes of weights, activations and cache; layouts.
+# Configurations to serve requests with: (weights, activations, cache, prefill and decode layout).
 _SERVED = (
   ('int8', 'float32', 'float32', 'wg_xyz/batch', 'ws_2d/batch'),
   ('int8', 'bfloat16', 'int8', 'ws_2d/batch', 'ws_2d/batch'),
@@ -60,7 +60,7 @@ class SelfcheckOptions:
 
 
 class _Parts:
-  """Runs parts of the check, and collects their results and problems.
+  """Runs the parts of the check, and collects results and problems.
 
   Attributes:
     found: Results by part, JSON-ready.
@@ -77,7 +77,7 @@ class _Parts:
     begin = time.perf_counter()
     try:
       self.found[name] = part()
-    except Exception as error:  # the report must show any failure on a new machine
+    except Exception as error:  # any error: the report must show all failures on a new machine
       self.problem(f'{name}: {type(error).__name__}: {printable(str(error))}')
       self.found[name] = {'error': traceback.format_exc()}
     self.found.setdefault('seconds', {})[name] = time.perf_counter() - begin
@@ -132,13 +132,13 @@ def selfcheck(options: SelfcheckOptions, say: Callable[[str], None] = print_on_m
   parts.run('memory', machine.device_memory)
   _write(options.output, parts)
   wrong = len(parts.problems)
-  say('nothing is wrong' if not wrong else f'{wrong} things are wrong: see WRONG above')
+  say('nothing is wrong' if not wrong else f'{wrong} problems were found: see WRONG above')
   return not wrong
 
 
 @contextlib.contextmanager
 def few_optimizations(mesh: jax.sharding.Mesh) -> Iterator[None]:
-  """On CPUs, compile with few optimizations: the check is a rehearsal there, five times as fast."""
+  """Context manager: compile with few optimizations on CPUs, where the check is a rehearsal."""
   name = 'jax_disable_most_optimizations'
   before = jax.config.read(name)
   jax.config.update(name, before or mesh.devices.flat[0].platform == 'cpu')
@@ -159,7 +159,7 @@ def _find_bundled() -> str:
 
 
 def _as_int8(source: str, stack: contextlib.ExitStack) -> Checkpoint:
-  """Convert a checkpoint to int8, in a directory that is removed when `stack` closes."""
+  """Return a checkpoint converted to int8, in a directory that is removed when `stack` closes."""
   directory = stack.enter_context(tempfile.TemporaryDirectory())
   converted = os.path.join(directory, 'int8')
   convert(source, converted)
@@ -176,7 +176,7 @@ def _golden(
   parts: _Parts, source: Callable[[], Checkpoint], mesh: jax.sharding.Mesh, goldens: golden.Goldens
 ) -> list[dict[str, Any]]:
   checkpoint, pairs = source(), golden.layout_pairs()
-  if checkpoint.weights == 'int8':  # moving the cache between layouts does not depend on it
+  if checkpoint.weights == 'int8':  # resharding the cache does not depend on the weights' dtype
     pairs = [(prefill, decode) for prefill, decode in pairs if prefill == decode]
   parts.say(f'{checkpoint.weights} weights: {len(pairs)} pairs of layouts ...')
   results = []
@@ -211,7 +211,7 @@ def _serving(
   if found['golden'] and found['different_rows']:
     parts.problem(f'{text}; rows {found["different_rows"]} differ')
   else:
-    rounded = '' if found['golden'] else ' (it rounds: no golden tokens)'
+    rounded = '' if found['golden'] else ' (it rounds, so tokens may differ from the golden ones)'
     parts.say(f'{text}{rounded}, {found["tokens_per_second"]:.0f} tokens/s')
   return found
 

@@ -1,4 +1,4 @@
-"""Check of golden tokens served by the scheduler, with its pages, chunks and slots."""
+"""Check golden tokens that the scheduler serves, with its pages, chunks and slots."""
 
 import time
 from typing import Any
@@ -24,8 +24,8 @@ def check_serving(
 ) -> dict[str, Any]:
   """Serve the golden prompts twice; return the results, JSON-ready.
 
-  In float32, the tokens must equal the golden ones. Other dtypes round differently; for them, the
-  result only states the share of equal tokens.
+  In float32 all tokens must be the golden ones. Other dtypes round differently, so the result for
+  them is only the share of equal tokens.
 
   Args:
     checkpoint: The bundled model, with weights of a dtype that `goldens` has.

@@ -1,4 +1,4 @@
-"""Measured times of a few programs on these devices, beside the compiler's estimates if any."""
+"""Measure the times of a few programs, beside the compiler's estimates if there are any."""
 
 import dataclasses
 import statistics
@@ -45,7 +45,7 @@ class TimedShape:
 
 
 def timed_shapes(mesh: jax.sharding.Mesh) -> list[TimedShape]:
-  """Return the programs to time: for a small model on CPUs, else for a quarter of PaLM 8B."""
+  """Return the programs to time: of a small model on CPUs, else of a quarter of PaLM 8B."""
   if mesh.devices.flat[0].platform == 'cpu':
     tiny = ModelConfig(num_layers=2, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=512)
     name, config, batch, context, prompt = 'a model of 2 layers', tiny, mesh.size, 128, 32
@@ -59,7 +59,7 @@ def timed_shapes(mesh: jax.sharding.Mesh) -> list[TimedShape]:
 
 
 def time_shape(shape: TimedShape, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Compile a program and time it on zeros; return the times and the estimate, JSON-ready."""
+  """Compile and time a program on zeros; return its times and its estimate, JSON-ready."""
   case = CompileCase(
     shape.config,
     shape.weights,
@@ -99,7 +99,7 @@ def _measure(program: Program) -> list[float]:
       else:
         tokens, _ = program.compiled(weights, *state)
     jax.block_until_ready(tokens)
-    if repeat:  # the first repeat is slower
+    if repeat:  # the first repeat is slower: not counted
       found.append((time.perf_counter() - begin) / STEPS)
   return found
 

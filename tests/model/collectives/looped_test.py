@@ -90,9 +90,9 @@ def test_a_ring_steps_from_neighbour_to_neighbour(mesh, axes):
 @pytest.mark.parametrize(
   'sizes', [(4, 4, 4), (2, 4, 4), (4, 4, 2), (8, 4), (3, 4), (4, 3, 5), (16,), (2,)]
 )
-def test_a_snake_ends_beside_its_beginning(sizes):
+def test_a_gray_code_ends_beside_its_beginning(sizes):
   """Only across an even dimension; across one of 2 without its wraparound."""
-  places = np.array(np.unravel_index(ring.snake(sizes), sizes)).T
+  places = np.array(np.unravel_index(ring.gray_code(sizes), sizes)).T
   assert len({tuple(p) for p in places}) == math.prod(sizes)
   assert (np.abs(np.diff(places, axis=0)).sum(axis=1) == 1).all()
   closing = np.abs(places[-1] - places[0])

@@ -1,7 +1,7 @@
-"""Turns of the engine threads of all processes: each takes equal commands, then an equal step.
+"""Keep the engines of all processes in lockstep: equal commands before each step.
 
-Process 0 takes the clients' requests, and sends them to the other processes turn by turn. Prompts
-to score are sent in the same message as the commands.
+Process 0 receives the clients' requests. Before each step it sends the other processes one message,
+with the commands and the prompts to score.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ class PromptToScore(NamedTuple):
   top: int
 
 
-class TurnInbox(SharedInbox):
-  """The inbox of a server's scheduler. The commands of a turn are taken when the turn begins.
+class StepInbox(SharedInbox):
+  """The inbox of a server's scheduler. A step's commands are fixed when the step begins.
 
   Args:
     name: Unique name of the scheduler in the run.
@@ -36,11 +36,11 @@ class TurnInbox(SharedInbox):
 
   @property
   def empty(self) -> bool:
-    """Whether no command is queued, and none of the current turn is left."""
+    """Whether no command is queued, nor left of the current step."""
     return not self._commands and not self._turn
 
-  def begin_turn(self, prompts: Sequence[PromptToScore] = ()) -> list[PromptToScore]:
-    """Begin a turn in this process; return the prompts to score before its step.
+  def begin_step(self, prompts: Sequence[PromptToScore] = ()) -> list[PromptToScore]:
+    """Begin a step in this process; return the prompts to score before it.
 
     Args:
       prompts: In process 0, the prompts to score. The other processes wait until process 0 begins.
@@ -50,6 +50,6 @@ class TurnInbox(SharedInbox):
     return list(prompts)
 
   def take(self) -> list[tuple[Command, Handle | None]]:
-    """Return the commands of the turn."""
+    """Return the commands of the current step."""
     turn, self._turn = self._turn, []
     return turn
