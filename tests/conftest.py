@@ -26,6 +26,7 @@ jaxtyping.install_import_hook(
   [
     't5x_inference_ext.model',
     't5x_inference_ext.quantization',
+    't5x_inference_ext.engine.advance',
     't5x_inference_ext.engine.sampling_arrays',
     't5x_inference_ext.engine.selection',
     't5x_inference_ext.engine.state',

@@ -12,8 +12,9 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from t5x_inference_ext.engine.advance import advance
 from t5x_inference_ext.engine.drafting import DraftState, note_tokens
-from t5x_inference_ext.engine.state import ChosenTokens, DecodeState, RowParams, advance
+from t5x_inference_ext.engine.state import ChosenTokens, DecodeState, RowParams
 
 
 class CheckedDrafts(NamedTuple):

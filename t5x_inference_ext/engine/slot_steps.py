@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from t5x_inference_ext.engine.advance import advance
 from t5x_inference_ext.engine.drafting import note_tokens
 from t5x_inference_ext.engine.slots import SlotPages, Slots, StepsOutput, replicated
-from t5x_inference_ext.engine.state import ChosenTokens, DecodeState, advance
+from t5x_inference_ext.engine.state import ChosenTokens, DecodeState
 from t5x_inference_ext.engine.state_rows import constrain_state
 from t5x_inference_ext.engine.token_choice import TokenMasks
 from t5x_inference_ext.model.chunks import constrain_cache

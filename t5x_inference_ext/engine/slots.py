@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.engine import cache_rows
+from t5x_inference_ext.engine.advance import advance
 from t5x_inference_ext.engine.drafting import (
   Drafter,
   DraftState,
@@ -23,13 +24,7 @@ from t5x_inference_ext.engine.drafting import (
 )
 from t5x_inference_ext.engine.prompts import PrefillState
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
-from t5x_inference_ext.engine.state import (
-  ChosenTokens,
-  DecodeState,
-  RowParams,
-  advance,
-  initial_state,
-)
+from t5x_inference_ext.engine.state import ChosenTokens, DecodeState, RowParams, initial_state
 from t5x_inference_ext.engine.state_rows import constrain_state, put_state_row
 from t5x_inference_ext.engine.token_choice import TokenMasks
 from t5x_inference_ext.model import cache as kv_cache

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from t5x_inference_ext.engine.advance import advance, advance_greedily
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import (
   SamplingArrays,
@@ -13,13 +14,7 @@ from t5x_inference_ext.engine.sampling_arrays import (
   stack_params,
 )
 from t5x_inference_ext.engine.slots import replicated
-from t5x_inference_ext.engine.state import (
-  DecodeState,
-  RowParams,
-  advance,
-  advance_greedily,
-  initial_state,
-)
+from t5x_inference_ext.engine.state import DecodeState, RowParams, initial_state
 from t5x_inference_ext.engine.state_rows import constrain_state
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.chunks import prefill_in_chunks

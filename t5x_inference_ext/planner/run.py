@@ -187,14 +187,14 @@ def _write_choice(
   write: Callable[[str], None],
 ) -> None:
   """Print the report, compile the plan if asked to, and write its files."""
-  told = drafts.drafts_text(choice.plan, speculate) if speculate is not None else None
+  draft_prices = drafts.drafts_text(choice.plan, speculate) if speculate is not None else None
   if gin_output:  # before compiling, to fail early if a file can't be written
     gin = gin_text.gin_text(choice.plan)
   if check:
     checks.refuse_unchecked(choice.plan)
   write(report.plan_text(choice))
-  if told is not None:
-    write(told)
+  if draft_prices is not None:
+    write(draft_prices)
   checked: tuple[checks.Checked, ...] = ()
   if check:
     checked = checks.check_plan(choice.plan, lambda text: _say(f'{text} ...'))

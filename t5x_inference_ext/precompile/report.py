@@ -48,8 +48,8 @@ def _heading(answer: Answer) -> Iterator[str]:
   if isinstance(answer.program, Program):
     mesh = answer.program.mesh
     links = mesh_links(mesh) or {}
-    told = ', '.join(f'{axis} {link}' for axis, link in links.items() if mesh.shape[axis] > 1)
-    line += f', mesh {mesh_text(mesh)}' + (f' ({told})' if told else '')
+    link_rates = ', '.join(f'{axis} {link}' for axis, link in links.items() if mesh.shape[axis] > 1)
+    line += f', mesh {mesh_text(mesh)}' + (f' ({link_rates})' if link_rates else '')
     line += f'; compiled in {answer.program.seconds:.1f} s'
   yield line
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.config import preset
+from t5x_inference_ext.engine.advance import advance
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import BIAS_WIDTH, end_id_array, stack_params
 from t5x_inference_ext.engine.slot_params import slot_row
-from t5x_inference_ext.engine.state import RowParams, advance, initial_state
+from t5x_inference_ext.engine.state import RowParams, initial_state
 from t5x_inference_ext.engine.state_rows import state_shardings
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model

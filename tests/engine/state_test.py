@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5x_inference_ext.engine.advance import advance
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import end_id_array, stack_params
-from t5x_inference_ext.engine.state import RowParams, advance, initial_state
+from t5x_inference_ext.engine.state import RowParams, initial_state
 from t5x_inference_ext.errors import RequestError
 from tests.engine.sampling_test import check_distribution
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.engine import programs
+from t5x_inference_ext.engine.advance import advance, advance_greedily
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import end_id_array, stack_params
-from t5x_inference_ext.engine.state import RowParams, advance, advance_greedily, initial_state
+from t5x_inference_ext.engine.state import RowParams, initial_state
 from t5x_inference_ext.model.best_tokens import best_tokens
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.mesh import make_mesh
