@@ -215,17 +215,15 @@ def note_acceptance(
   )
 
 
-def expected_tokens(
-  drafting: DraftState, outlook: Outlook, width: int, live: Bool[Array, ' B']
-) -> Float[Array, '']:
-  """Return the tokens that live rows together may expect of a step that checks `width` of each."""
+def expected_tokens(drafting: DraftState, outlook: Outlook, width: int) -> Float[Array, ' B']:
+  """Return the tokens that each row may expect of a step that checks `width` of its draft."""
   mine = jnp.take_along_axis(drafting.seen, outlook.grades[:, None, None], axis=1)[:, 0]
   rate = jnp.minimum(mine[:, 0] / mine[:, 1], HIGHEST_RATE)
   power, total = jnp.ones_like(rate), jnp.ones_like(rate)
   for position in range(width):
     power = jnp.where(position < outlook.counts, power * rate, 0)
     total = total + power
-  return jnp.sum(jnp.where(live, total, 0))
+  return total
 
 
 def _as_usual(drafting: DraftState) -> jax.Array:

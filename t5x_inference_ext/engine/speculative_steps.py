@@ -115,7 +115,7 @@ def speculative_steps(
     # The tokens chosen in a step are at most one more than the draft.
     left = jnp.asarray(slots.rows.limits) - loop.state.counts - 1
     outlook = outlook._replace(counts=jnp.where(live, jnp.clip(outlook.counts, 0, left), 0))
-    index = _best_width(widths, prices, loop.drafting, outlook, live)
+    index = _best_width(widths, prices, loop.drafting, outlook, left + 1, live, until_free)
     width = jnp.asarray(widths)[index]
     drafts = jnp.full((count, drafter.most), -1, jnp.int32).at[:, 0].set(outlook.first)
     run: _Run = loop.cache, loop.logits, drafts, loop.drafting.own
@@ -186,11 +186,28 @@ def _best_width(
   prices: jax.Array,
   drafting: DraftState,
   outlook: Outlook,
+  left: jax.Array,
   live: jax.Array,
+  waited: jax.Array,
 ) -> jax.Array:
-  """Return the index of the number of draft tokens to check, for most tokens in a time."""
-  gains = [expected_tokens(drafting, outlook, width, live) for width in widths]
-  rates = jnp.stack(gains) / prices
+  """Return the index of the number of draft tokens to check.
+
+  If a row waits for a slot, it is the number for most tokens in a time. If not, rows that end early
+  free nothing for others, and it is the number with which the last row ends first.
+
+  Args:
+    widths: Numbers of draft tokens that a step can check.
+    prices: [W] float32. Time of a step that checks each number.
+    drafting: How drafts fared.
+    outlook: The drafts.
+    left: [B] int32. Most tokens that each row gets before it ends.
+    live: [B] bool. Whether the row has not ended.
+    waited: Scalar bool. Whether a row waits for a slot.
+  """
+  gains = jnp.stack([expected_tokens(drafting, outlook, width) for width in widths])  # [W, B]
+  together = jnp.sum(jnp.where(live[None, :], gains, 0), axis=1)
+  steps = jnp.max(jnp.where(live[None, :], left[None, :] / gains, 0), axis=1)
+  rates = jnp.where(waited, together, 1 / jnp.maximum(steps, 1)) / prices
   rates = rates.at[0].multiply(LEAST_GAIN)
   drafted = jnp.any(outlook.counts > 0)
   return jnp.where(drafted, jnp.argmax(rates), 0)

@@ -18,7 +18,7 @@ from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.serve import serve
 from t5x_inference_ext.engine.speculation import Speculation, parse_speculation
-from t5x_inference_ext.engine.speculative_steps import verify_widths
+from t5x_inference_ext.engine.speculative_steps import _best_width, verify_widths
 from t5x_inference_ext.engine.step_prices import AGREE_EVERY, StepPrices
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.text.grammar import Grammar
@@ -288,7 +288,9 @@ def test_expected_tokens_follow_what_was_accepted():
   ints = lambda *values: jnp.asarray(values, jnp.int32)
   both = Outlook(ints(3, 1), ints(0, 1), ints(0, 0), ints(0, 0))
   live, first = jnp.asarray([True, True]), jnp.asarray([True, False])
-  expected = lambda state, width, rows: float(drafting.expected_tokens(state, both, width, rows))
+  expected = lambda state, width, rows: float(
+    drafting.expected_tokens(state, both, width)[rows].sum()
+  )
   assert expected(state, 0, live) == 2
   assert np.isclose(expected(state, 2, live), (1 + 0.5 + 0.25) + (1 + 0.25))
   assert np.isclose(expected(state, 3, first), 1.875)
@@ -310,6 +312,25 @@ def test_expected_tokens_follow_what_was_accepted():
   for _ in range(2000):  # nothing is checked any more
     state = drafting.note_acceptance(state, ints(0, 1), ints(0, 0), ints(0, 0))
   assert np.isclose(expected(state, 1, live), 2 + sum(usual), atol=1e-2)
+
+
+def test_the_width_suits_rows_that_wait_or_the_last_row():
+  """One row accepts drafts, and another has none: together they gain, and the other would lose."""
+  drafter = NgramDrafter(4, expected=(0.9,))
+  state = drafting.empty_drafting(drafter, None, 2, 8)
+  ints = lambda *values: jnp.asarray(values, jnp.int32)
+  live, prices = jnp.asarray([True, True]), jnp.asarray([1.0, 1.2, 1.5])
+  for counts, left, waited, wanted in [
+    ((4, 0), (20, 20), True, 2),
+    ((4, 0), (20, 20), False, 0),
+    ((4, 0), (90, 20), False, 2),
+    ((4, 4), (20, 20), False, 2),
+    ((1, 1), (20, 20), True, 1),
+    ((0, 0), (20, 20), True, 0),
+  ]:
+    outlook = Outlook(ints(*counts), ints(0, 0), ints(0, 0), ints(0, 0))
+    index = _best_width((0, 2, 4), prices, state, outlook, ints(*left), live, jnp.asarray(waited))
+    assert index == wanted, (counts, left, waited)
 
 
 def test_prices_follow_measured_times():
