@@ -38,7 +38,7 @@ def missing_checkpoint(path: str) -> str:
 
 
 def _hint(directory: str) -> str:
-  """Return the last part of a message, with the checkpoints inside a directory; '' if none."""
+  """Return a hint that lists the checkpoints inside a directory; '' if there are none."""
   headers = (
     *(legacy.INDEX, serving.CONFIG, orbax.METADATA, f'{orbax.STATE}/{orbax.METADATA}'),
     *(SAFETENSORS, SAFETENSORS_INDEX),

@@ -171,7 +171,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 
 
 def _main(flags: absl_flags.FlagValues) -> None:
-  """Plan from flags, or from gin bindings."""
+  """Plan with the options from flags or from gin."""
   # Set before jax is imported, so that the command does not occupy this machine's accelerators.
   os.environ['JAX_PLATFORMS'] = 'cpu'
   from t5x_inference_ext.planner import run as runner

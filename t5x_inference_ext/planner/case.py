@@ -162,6 +162,6 @@ class PassCase:
 def _packed(
   config: ModelConfig, one_dimensional: bool, mesh: Mesh, int8: bool
 ) -> dict[str, PackedTensor]:
-  """Return the packed weights, cached: all layouts except ws_1d pack them equally."""
+  """Return the packed weights, cached: all layouts other than ws_1d share one packing."""
   layout = Layout('ws_1d' if one_dimensional else 'ws_2d')
   return packed_tensors(config, layout, axis_sizes(mesh), int8)

@@ -104,7 +104,7 @@ def _parts(plan: Plan) -> list[str]:
 
 
 def _spread(cells: Iterable[str]) -> list[str]:
-  """Return the cells, each followed by an empty cell (in other rows, the percentage)."""
+  """Return the cells of a row without percentages: an empty cell follows each."""
   return [text for cell in cells for text in (cell, '')]
 
 

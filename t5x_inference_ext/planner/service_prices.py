@@ -34,7 +34,7 @@ class PlannedPrices:
 
   @property
   def position_bytes(self) -> float:
-    """Bytes on a chip of a position of one prompt's keys and values, in the prefill layout."""
+    """Bytes of keys and values on a chip for one position of one prompt, in the prefill layout."""
     case = self._prefill.case
     rows = case.batch / case.size(case.sharding.attention_rows)
     return cache_bytes(case, 1) / rows

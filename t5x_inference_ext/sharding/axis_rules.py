@@ -28,8 +28,9 @@ def logical_axis_rules(layout: Layout, sharding: ActivationSharding | None = Non
 
   Args:
     layout: The layout of either phase.
-    sharding: If given, its activation rules come first. The weights' rules must follow: in a
-      function that declares weights without rules for them, every device gathers them.
+    sharding: If given, its activation rules precede the weights' rules. The weights' rules are
+      still needed: a function that declares weights without rules for them gathers all weights on
+      every device.
   """
   return (*(() if sharding is None else activation_rules(sharding)), *weight_rules(layout))
 

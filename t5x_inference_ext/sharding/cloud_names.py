@@ -1,7 +1,7 @@
 """Google Cloud's names of TPU slices: v4-128 is v4:4x4x4.
 
-cloud.google.com/tpu/docs/v4, v5p, v5e, v6e, supported-tpu-configurations: the number after the dash
-counts TensorCores. A chip of v4 or v5p has two, one of v5e or v6e has one.
+The number after the dash counts TensorCores. A chip of v4 or v5p has two, a chip of v5e or v6e has
+one. Sources: cloud.google.com/tpu/docs/v4, v5p, v5e, v6e, supported-tpu-configurations.
 """
 
 import re

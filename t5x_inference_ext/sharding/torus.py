@@ -218,7 +218,7 @@ def _arrange(shape: tuple[int, ...], mesh: tuple[int, ...], wraps: Sequence[bool
 
 
 def _positions(shares: Sequence[_Shares]) -> np.ndarray:
-  """Return [X, Y, Z, 3] torus positions: physical axis i is divided into factors shares[i][j]."""
+  """Return [X, Y, Z, 3] torus positions. shares[i]: factors (x, y, z) of physical axis i."""
   # One array [size, 3] per mesh axis j: the path along j as digits, one digit for each physical
   # axis.
   walks = [_cyclic_gray_code(column) for column in zip(*shares, strict=True)]

@@ -49,8 +49,7 @@ class Grammar:
       )
     if len(self.source) > MAX_GRAMMAR:
       raise RequestError(
-        f'grammar: {self.noun} has {len(self.source)} characters, more than the limit of '
-        f'{MAX_GRAMMAR}'
+        f'grammar: {self.noun} has {len(self.source)} characters: at most {MAX_GRAMMAR} are allowed'
       )
     try:
       self.source.encode('utf-8')

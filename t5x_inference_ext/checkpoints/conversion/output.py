@@ -11,7 +11,7 @@ from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray, array_files
 from t5x_inference_ext.checkpoints.tensor import Bounds
 
-# (array, bounds within the array, values at the bounds)
+# One write: (array, bounds in the array, values).
 ArrayWrite = tuple[RawArray, Bounds, np.ndarray]
 
 

@@ -1,0 +1,227 @@
+"""The passes that run new tokens on what a cache holds, in the decode layout.
+
+One token per row, a token and its draft, or a chunk. See transformer.py.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.best_tokens import BestTokens
+from t5x_inference_ext.model.cache import KeysValues, KVCache
+from t5x_inference_ext.model.embedding import best_next_tokens, last_positions, unembed
+from t5x_inference_ext.model.finite import mark_broken_before
+from t5x_inference_ext.model.forward import Finish, forward
+from t5x_inference_ext.model.pages import AnyCache, append_tokens
+from t5x_inference_ext.model.shardings import ShardedModel
+from t5x_inference_ext.model.weights import Weights
+from t5x_inference_ext.sharding.activations import ActivationSharding
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedPasses(ShardedModel):
+  """The passes of a model that start from a cache. See transformer.Model, which has all passes."""
+
+  def decode_step(
+    self, weights: Weights, cache: AnyCache, tokens: Int[Array, ' B']
+  ) -> tuple[Float[Array, 'B V'], AnyCache]:
+    """Run one token per row, in the decode layout.
+
+    Args:
+      weights: Weights on this model's mesh.
+      cache: KVCache or PagedCache with room for one more position in each row.
+      tokens: [B] int32. The next token of each row.
+
+    Returns:
+      Logits [B, V] float32, NaN in a row whose residual stream is not finite; and the cache with
+      the token in it.
+    """
+    rows = tokens.shape[0]
+    sharding = self.decode_sharding(rows)
+
+    def head(weights: Weights, x: jax.Array) -> jax.Array:
+      return unembed(self, sharding, weights, x, (), rows)[:, 0]
+
+    return self._decode(weights, cache, tokens, head, P(self.sampling_axes(rows)))
+
+  def decode_greedily(
+    self, weights: Weights, cache: AnyCache, tokens: Int[Array, ' B']
+  ) -> tuple[BestTokens, AnyCache]:
+    """Run one token per row as decode_step does, without moving logits between devices.
+
+    Returns:
+      The most likely next token of each row, on every device; and the cache with the token in it.
+    """
+    rows = tokens.shape[0]
+    sharding = self.decode_sharding(rows)
+
+    def head(weights: Weights, x: jax.Array) -> BestTokens:
+      return best_next_tokens(self, sharding, weights, x, rows)
+
+    return self._decode(weights, cache, tokens, head, P())
+
+  def _decode(
+    self,
+    weights: Weights,
+    cache: AnyCache,
+    tokens: jax.Array,
+    head: Callable[[Weights, jax.Array], Any],
+    head_spec: P,
+  ) -> tuple[Any, AnyCache]:
+    """Run a decode step; return head(weights, x [b, 1, e]) and the cache.
+
+    Args:
+      weights, cache, tokens: See decode_step.
+      head: Function of a shard's weights and residual stream after the last layer.
+      head_spec: Sharding of its results.
+    """
+    sharding = self.decode_sharding(tokens.shape[0])
+
+    def finish(
+      weights: Weights, cache: AnyCache, x: jax.Array, kv: KeysValues
+    ) -> tuple[Any, AnyCache]:
+      return head(weights, x), append_tokens(cache, *kv)
+
+    spec = self.cache_spec(sharding, weights, cache)
+    return self.on_shards(sharding, finish, weights, spec, inputs=(), outputs=(head_spec, spec))(
+      weights, cache, tokens
+    )
+
+  def verify(
+    self, weights: Weights, cache: AnyCache, tokens: Int[Array, 'B T'], counts: Int[Array, ' B']
+  ) -> tuple[Float[Array, 'B T V'], AnyCache]:
+    """Run each row's next token and its draft, in the decode layout; return logits at all of them.
+
+    A caller rejects tokens by lowering `lengths` of the cache: positions beyond are never read.
+
+    Args:
+      weights: Weights on this model's mesh.
+      cache: KVCache or PagedCache with room for the new tokens in each row.
+      tokens: [B, T] int32, right-padded. The next token of each row, then its draft. T is at most
+        the size of a page, rounded up for the mesh if the layout splits positions.
+      counts: [B] int32. Number of valid tokens in each row. A row with 0 keeps its cache.
+
+    Returns:
+      Logits [B, T, V] float32 after each token, NaN from the first token on at which the row's
+      residual stream is not finite; and the cache with the valid tokens in it.
+    """
+    rows, length = tokens.shape
+    sharding = self.chunk_sharding(rows, length)
+
+    def finish(
+      weights: Weights, cache: AnyCache, x: jax.Array, kv: KeysValues, counts: jax.Array
+    ) -> tuple[jax.Array, AnyCache]:
+      positions = sharding.residual[1]
+      x = mark_broken_before(x, positions)
+      logits = unembed(self, sharding, weights, x, positions, rows)
+      return logits, append_tokens(cache, *kv, counts)
+
+    spec = self.cache_spec(sharding, weights, cache)
+    logits, cache = self.on_shards(
+      sharding,
+      finish,
+      weights,
+      spec,
+      inputs=(P(sharding.attention_rows),),
+      outputs=(P(self.sampling_axes(rows)), spec),
+    )(weights, cache, self.pad_tokens(tokens, self.decode_layout), counts)
+    return logits[:, :length], cache
+
+  def prefill_chunk(
+    self,
+    weights: Weights,
+    cache: KVCache,
+    tokens: Int[Array, 'B T'],
+    counts: Int[Array, ' B'],
+    read: int | None = None,
+  ) -> tuple[Float[Array, 'B V'], KVCache]:
+    """Run T more tokens per row after the cached ones, in the decode layout.
+
+    The new tokens can be a chunk of a prompt, or a chat's next turn. Results do not depend on the
+    sizes of chunks.
+
+    Args:
+      weights: Weights on this model's mesh.
+      cache: KVCache with room for the new tokens in each row, and at least T positions.
+      tokens: [B, T] int32, right-padded.
+      counts: [B] int32. Number of valid tokens in each row. A row with 0 keeps its cache; its
+        logits are meaningless.
+      read: Number of cached positions per row that attention reads, from the first on; no row has
+        more. None: all. Static.
+
+    Returns:
+      Logits [B, V] float32 after each row's last token, NaN in a row whose residual stream is not
+      finite at one of these tokens; and the cache with the tokens in it.
+
+    Raises:
+      RequestError: T is larger than the cache.
+    """
+    rows, length = tokens.shape
+    sharding = self.chunk_sharding(rows, length)
+    tokens = self.pad_tokens(tokens, self.decode_layout)
+    if tokens.shape[1] > cache.size:
+      raise RequestError(
+        f'{tokens.shape[1]} new tokens at once do not fit into a cache of {cache.size} positions: '
+        'use shorter chunks, or a larger cache'
+      )
+
+    def finish(
+      weights: Weights,
+      cache: KVCache,
+      x: jax.Array,
+      kv: KeysValues,
+      counts: jax.Array,
+      cached_counts: jax.Array,
+    ) -> tuple[jax.Array, KVCache]:
+      x = last_positions(x, jnp.maximum(counts, 1), sharding)
+      logits = unembed(self, sharding, weights, x, (), rows)[:, 0]
+      return logits, append_tokens(cache, *kv, cached_counts)
+
+    spec = self.cache_spec(sharding, weights, cache)
+    # The counts are passed twice: with rows split as in the residual stream, and as in the cache.
+    return self.on_shards(
+      sharding,
+      finish,
+      weights,
+      spec,
+      inputs=(P(sharding.residual[0]), P(sharding.attention_rows)),
+      outputs=(P(self.sampling_axes(rows)), spec),
+      read=read,
+    )(weights, cache, tokens, counts, counts)
+
+  def on_shards(
+    self,
+    sharding: ActivationSharding,
+    finish: Finish,
+    weights: Weights,
+    cache_spec: Any,
+    *,
+    inputs: tuple[P, ...],
+    outputs: Any,
+    read: int | None = None,
+  ) -> Callable[..., Any]:
+    """Wrap `forward` in shard_map; return a function of global (weights, cache, tokens, *inputs).
+
+    Args:
+      sharding: Sharding of the pass's activations.
+      finish: See forward.
+      weights: Weights, for their form: one spec for all layers if stacked, else one per layer.
+      cache_spec: PartitionSpecs of the cache, or None without one.
+      inputs: PartitionSpecs of the further arguments of `finish`.
+      outputs: PartitionSpecs of the results of `finish`.
+      read: See forward.
+    """
+    return jax.shard_map(
+      functools.partial(forward, self, sharding, finish, read),
+      mesh=self.mesh,
+      in_specs=(self.weight_specs(weights), cache_spec, P(), *inputs),
+      out_specs=outputs,
+      check_vma=False,
+    )
