@@ -5,6 +5,7 @@ mesh; also when it comes late, is preempted, follows a cached beginning, or has 
 import dataclasses
 import functools
 import re
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.engine.speculation import parse_speculation
 from t5x_inference_ext.text.grammar import Grammar
 from tests import memory, reference
 from tests.text.vocabularies import Characters
@@ -77,6 +79,18 @@ KINDS = [
   ),
   ('2x2x1', 'ws_2d/heads', 'wg_x/heads', None, dict(slots=4, prefill_chunk=64, decode_steps=5)),
 ]
+# A kind whose steps check drafts, and prices of steps that check none, two tokens and all four: the
+# cheap ones run.
+KINDS_OF_DRAFTS = [
+  (
+    '1x1x1',
+    'ws_2d/batch',
+    'ws_2d/batch',
+    'int8',
+    dict(slots=5, prefill_rows=2, prefill_chunk=16, pages=8, shared_pages=0, page_reads=1),
+  )
+]
+PRICES = ((1.0, 1.05, 1.1), (100.0, 1.0, 100.0), (100.0, 100.0, 1.0))
 # Grammars take programs of their own, and so time, in each kind.
 WITH_GRAMMARS = (0, 1, 2)
 MIXES = 120  # about five minutes, most of them compilations
@@ -90,7 +104,8 @@ def engine(mesh, prefill='ws_2d/batch', decode='ws_2d/batch', cache=None, dtype=
 
 @functools.cache
 def scheduler(kind, dtype='float32'):
-  mesh, prefill, decode, cache, sizes = KINDS[kind]
+  mesh, prefill, decode, cache, sizes = [*KINDS, *KINDS_OF_DRAFTS][kind]
+  speculate = parse_speculation('ngram:4') if kind >= len(KINDS) else None
   model = engine(mesh, prefill, decode, cache, dtype)
   config = {
     'page_size': 32,
@@ -102,7 +117,7 @@ def scheduler(kind, dtype='float32'):
   return Scheduler(
     model.model,
     model.weights,
-    SchedulerConfig(max_length=LENGTH, end_ids=(EOS,), **config),
+    SchedulerConfig(max_length=LENGTH, end_ids=(EOS,), speculate=speculate, **config),
     vocabulary=VOCABULARY,
   )
 
@@ -277,6 +292,31 @@ def test_random_mixes_are_identical_to_one_at_a_time():
   assert rows > 3 * MIXES and ties <= rows / 100
   assert ended_early > 20 and preempted > 5 and hits > 50 and evictions > 20
   assert constrained > 80 and satisfied > 20
+
+
+def test_random_mixes_with_drafts_are_identical_to_one_at_a_time():
+  core, cache, rows, ties = scheduler(len(KINDS)), KINDS_OF_DRAFTS[0][3], 0, 0
+  for i in range(MIXES // 5):
+    rng = np.random.default_rng(5000 + i)
+    prices = np.asarray(PRICES[i % 3], np.float32)
+    core._decoder._prices = mock.Mock(next=lambda prices=prices: prices)
+    requests = mix(rng, grammars=False)
+    for (index, sample), (tokens, finish) in served(core, requests, rng).items():
+      asked = requests[index]
+      wanted = alone(asked, asked.seeds[sample], cache)
+      rows += 1
+      if finish == 'cancelled':
+        wanted = wanted[: len(tokens)]
+      else:
+        assert finish == reason(asked, tokens)
+      if tokens != wanted:
+        same = wanted[: first_difference(tokens, wanted)]
+        assert margin(asked, asked.seeds[sample], same, cache) < 1e-4, (i, index, tokens, wanted)
+        ties += 1
+  stats = core.stats
+  print(f'{rows} rows, {ties} differ, at near ties; {stats.preempted} preemptions; {stats.drafts}')
+  assert rows > 80 and ties <= rows / 100 and stats.preempted > 5
+  assert stats.drafts.accepted > 100 and stats.drafts.tokens_per_step > 1.1
 
 
 def test_in_bfloat16_rows_differ_from_those_alone_only_where_two_tokens_are_close():
