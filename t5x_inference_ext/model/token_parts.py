@@ -87,7 +87,8 @@ def token_parts(
   if embed > 1 and any(sharding.reduce_scatter_dim(part) != dim for part in config.block_parts):
     return whole
   blocks, tokens = math.lcm(hidden, embed), (batch, length)[dim]
-  if batch * length < MIN_TOKENS:
+  # A program exported for any number of rows may get few.
+  if not isinstance(batch, int) or batch * length < MIN_TOKENS:
     return whole
   return whole if tokens % (2 * blocks * _MIN_RUN) else TokenParts(2, dim, tokens // blocks)
 

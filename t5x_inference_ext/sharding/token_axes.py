@@ -40,7 +40,10 @@ def residual_dim(
     mesh: Axis name -> size.
   """
   dim = token_dim(local_tokens, layout.hidden_axes, mesh)
-  if layout.gathered_axes or math.prod(local_tokens) > _MAX_WHOLE_TOKENS:
+  tokens = math.prod(local_tokens)
+  # A program exported for any number of rows has no number of tokens: it is made for many.
+  few = isinstance(tokens, int) and tokens <= _MAX_WHOLE_TOKENS
+  if layout.gathered_axes or not few:
     return dim
   return None if dim == 2 or _sums_by_all_reduce(layout.hidden_axes, mesh) else dim
 
