@@ -56,7 +56,7 @@ def test_it_says_where_drafts_pay(capsys, tmp_path):
   assert run(*TINY, '--speculate=4', '--phase=prefill') == 2
   assert 'speculate is for decode steps' in capsys.readouterr().err
   assert run(*TINY, '--speculate=4', '--rate=1') == 2
-  assert 'speculate is for one plan' in capsys.readouterr().err
+  assert 'speculate applies to a single plan' in capsys.readouterr().err
 
 
 def test_the_report_ranks_breaks_down_and_says_why(capsys):
