@@ -20,7 +20,7 @@ class CheckedRequest(NamedTuple):
 
   Attributes:
     request: The request.
-    matchers: A matcher of its grammar for each sample; none without a grammar.
+    matchers: One grammar matcher for each sample; empty if the request has no grammar.
   """
 
   request: Request
@@ -34,7 +34,9 @@ def admitted(
   model: ModelConfig,
   vocabulary: Vocabulary | None,
 ) -> Request:
-  """Check a request; return it with limits lowered to the model's learned positions, if any.
+  """Validate a request; return it with `limit` reduced to what the model's positions allow.
+
+  Only learned position embeddings limit the positions.
 
   Args:
     request: The request.

@@ -1,7 +1,7 @@
 """Requests and cancellations on their way to the scheduler, from any thread.
 
-With several processes, only process 0 accepts requests. The others get them, step by step, through
-jax's coordination service: on the host, so that no device waits for it.
+With several processes, only process 0 accepts requests. In each step the other processes get them
+through jax's coordination service, which runs on the hosts, so that no device waits.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,8 @@ class Inbox:
   """
 
   def __init__(self) -> None:
-    # Reentrant: a stream that is dropped while a request is queued cancels in the same thread.
+    # Reentrant: while a thread queues a request, garbage collection in it may drop a stream, which
+    # then cancels its requests in the same thread.
     self._lock = threading.RLock()
     self._commands: list[Command] = []
     self._handles: dict[int, Handle] = {}  # of submissions not yet taken
@@ -45,7 +46,7 @@ class Inbox:
     self.closed = False
 
   def submit(self, request: Request, matchers: Sequence[GrammarMatcher] = ()) -> Handle:
-    """Queue a request and return its handle, which gets the grammar matchers `matchers`."""
+    """Queue a request; return its handle, which keeps the grammar matchers `matchers`."""
     with self._lock:
       handle = Handle(self.submitted, request, matchers)
       self.submitted += 1

@@ -1,4 +1,4 @@
-"""Page allocation of the paged cache, on the host: which pages are free, and which row has which.
+"""Page allocation of the paged cache, on the host: free pages, and the pages of each row.
 
 model/pages.py holds the device functions that read and write the pages. Rows are split over shards;
 a row's pages are on its own shard and are numbered within it. Page 0 of each shard belongs to no
