@@ -48,8 +48,8 @@ class Partitioning:
     submesh: tuple of int. Chips along x, y, z, and cores, of a model-parallel tile ('model'); the
       other chips are 'data'.
     activation_dims: int. standard_logical_axis_rules's activation_partitioning_dims.
-    parameter_dims: int. parameter_partitioning_dims of the same; with 2, weights are also split
-      over 'data'.
+    parameter_dims: int. The rules' parameter_partitioning_dims; with 2, weights are also split over
+      'data'.
   """
 
   submesh: tuple[int, int, int, int]
@@ -81,7 +81,8 @@ class Stock:
       'data', since T5X refuses other batches.
     memory: CompiledMemory or None. Bytes on one chip; None if the program does not fit.
     estimate: Estimate or None. The time; None if the program does not fit.
-    needed: int or None. Bytes needed on a chip, if the compiler reports why it does not fit.
+    needed: int or None. Bytes needed on a chip, if the program does not fit and the compiler
+      reports them.
   """
 
   partitioning: Partitioning
