@@ -165,7 +165,7 @@ def measure(own: RandomModel, batch: int, prompt: int, new: int, repeats: int, o
   if other:
     tokens = np.random.default_rng(0).integers(2, own.model.config.vocab_size, (batch, prompt))
     sides.append(other.generate(tokens, new))
-  for side in sides:  # compiles; transformers' second call still records CUDA graphs
+  for side in sides:  # first runs compile; transformers' second call still records CUDA graphs
     seconds(side)
     seconds(side)
   times = [[seconds(side) for side in sides] for _ in range(repeats)]

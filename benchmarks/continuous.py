@@ -139,7 +139,7 @@ def stock(engine: Engine, tensors, requests: list[Request], slots: int):
 
 
 def timed(run, repeats: int):
-  result, times = run(), []  # compiles
+  result, times = run(), []  # the first run compiles
   for _ in range(repeats):
     start = time.perf_counter()
     result = run()
@@ -202,7 +202,7 @@ def beginnings_case(args, turns: list[list[list[int]]], what: str) -> None:
   print(f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; {what}')
   times: dict[bool, list[list[float]]] = {False: [], True: []}
   tokens: dict[bool, list] = {}
-  for repeat in range(args.repeats + 1):  # the first compiles
+  for repeat in range(args.repeats + 1):  # the first run compiles
     for share in (False, True):
       config = scheduler_config.config_for(
         engine.model,

@@ -111,7 +111,7 @@ def main():
       sides['stock'] = stock_run(args.checkpoint, config, prompts, args.generate)
     except ImportError as e:
       missing = f'not importable ({e.name or e})'
-    tokens = {name: run() for name, run in sides.items()}  # compiles
+    tokens = {name: run() for name, run in sides.items()}  # the first run compiles
     times = {name: [] for name in sides}
     for _ in range(args.repeats):
       for name, run in sides.items():

@@ -87,7 +87,7 @@ class Side:
       engine.model, requests, slots=slots, decode_steps=steps, speculate=speculate
     )
     self.scheduler = Scheduler(engine.model, engine.weights, config)
-    if greedy:  # before any program is compiled
+    if greedy:  # set this before any program is compiled
       runs = self.scheduler.executor
       runs._drafter = dataclasses.replace(runs._drafter, shared_noise=False)
     self._requests = requests

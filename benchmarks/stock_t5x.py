@@ -178,7 +178,7 @@ def slice_partitioner(slice_: TpuSlice, choice: Partitioning) -> partitioning.Pj
   )
 
   class SlicePartitioner(partitioning.PjitPartitioner):
-    """A partitioner with a given mesh: PjitPartitioner takes its own from the devices here."""
+    """A partitioner with a given mesh: PjitPartitioner makes one from the devices present."""
 
     @functools.cached_property
     def mesh(self) -> Mesh:

@@ -16,7 +16,7 @@ from t5x_inference_ext.server.translation import Translator
 from t5x_inference_ext.text.settings import TextSettings
 
 VOCAB_SIZE = 384
-_TOKEN, _TEXT = 100, 'a'  # what every row gets in every step
+_TOKEN, _TEXT = 100, 'a'  # token and text that each row gets in each step
 
 
 class StubScheduler:

@@ -134,7 +134,7 @@ class Decoder:
     """Start decode steps for all slots.
 
     Args:
-      table: Table of the slots, in which every row has the pages that it needs.
+      table: Table of the slots, in which every row must have the pages that it needs.
       steps: Maximum number of steps; with drafts, the steps stop once any row has this many new
         tokens.
       until_free: Whether to stop as soon as a row ends.
@@ -154,7 +154,7 @@ class Decoder:
     """Start a decode step for all slots, up to its logits [B, V]; return the logits.
 
     Args:
-      table: Table of the slots, in which every row has the page that it needs.
+      table: Table of the slots, in which every row must have the page that it needs.
     """
     sizes = self._config.logits_reads(self._executor.shards)
     return self._decode_logits(table, *next(x for x in sizes if x[0] >= table.pool.highest))
@@ -176,7 +176,7 @@ class Decoder:
     return masks_of(matchers, self._vocab_size)
 
   def _reads(self, table: SlotTable) -> tuple[int, int]:
-    """Return how many own pages and how many shared pages the next step must read."""
+    """Return the numbers of own pages and of shared pages that the next step must read."""
     return (
       _least(self._config.reads_of_pages(self._executor.shards), table.pool.highest),
       _least(self._config.shared_reads, table.shared.highest),

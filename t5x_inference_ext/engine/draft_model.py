@@ -121,7 +121,7 @@ def open_draft_model(path: str, config: ModelConfig, mesh: Mesh) -> Checkpoint:
 
   Raises:
     UserError: The checkpoint can't be read, its vocabulary has another size, or the mesh does not
-      divide it.
+      divide the draft model.
   """
   checkpoint = open_checkpoint(path)
   if checkpoint.config.vocab_size != config.vocab_size:

@@ -52,7 +52,8 @@ class Outlook(NamedTuple):
   Attributes:
     counts: [B] int32. Number of tokens of the draft; 0 if the row gets none.
     grades: [B] int32. Grade of the draft, 0 to G - 1: acceptance is counted for each grade.
-    sources: [B] int32. Set by `outlook` for `draft`, such as where in the row the draft comes from.
+    sources: [B] int32. Values that `outlook` passes to `draft`, such as the position in the row that
+      the draft is copied from.
     first: [B] int32. The first token of the draft; -1 if it is not known before it is made.
   """
 
@@ -199,7 +200,7 @@ def note_acceptance(
 ) -> DraftState:
   """Add the accepted and the checked tokens of each row's draft to the counts.
 
-  Where nothing was checked, a row's counts move slowly towards the usual ones.
+  Counts of a row and grade for which nothing was checked move slowly towards the usual ones.
   """
   mine = jnp.arange(drafting.seen.shape[1])[None, :] == grades[:, None]
   mine &= (checked > 0)[:, None]

@@ -79,8 +79,8 @@ class Engine(Scorer):
       decode_layout: Layout of decode steps.
       scan_layers: Whether one array holds all layers and the program loops over them; None: a
         loop for more than 8 layers on CPU, never on accelerators.
-      executable: File of a generation that precompile saved for this model, mesh and these
-        versions. It serves only what it was compiled for. Loading runs code: use your own files.
+      executable: File of a generation that precompile saved for this model, mesh and installation.
+        It serves only what it was compiled for. Loading it runs code: use your own files.
       progress: Wraps the list of tensors that are loaded, e.g. tqdm.
       **conventions: Arguments of open_checkpoint: properties that can't be read from T5X weights.
 
@@ -198,8 +198,8 @@ class Engine(Scorer):
       salt: Only prompts with equal salts share cached prefixes.
       grammar: Grammar that each row's new text must satisfy; None: any text is allowed.
       **options: Options of engine.scheduler_config.config_for: slots, max_length, pages,
-        prefill_chunk, prefill_rows, prefill_budget, decode_steps, share, speculate. With other
-        options than the last call's, or longer rows, a new scheduler is made.
+        prefill_chunk, prefill_rows, prefill_budget, decode_steps, share, speculate. A call with
+        other options than the last call, or with longer rows, makes a new scheduler.
 
     Raises:
       RequestError: Arguments that `generate` refuses, or an option out of its range; before

@@ -41,7 +41,7 @@ class Inbox:
     # then cancels its requests in the same thread.
     self._lock = threading.RLock()
     self._commands: list[Command] = []
-    self._handles: dict[int, Handle] = {}  # of submissions not yet taken
+    self._handles: dict[int, Handle] = {}  # handles of submissions that were not taken yet
     self.submitted = 0
     self.closed = False
 
@@ -113,6 +113,6 @@ class SharedInbox(Inbox):
     message = self._messages.next(make)
     if distributed.is_main():
       return mine, more
-    self.closed, more, commands = pickle.loads(message)  # from process 0 of this very run
+    self.closed, more, commands = pickle.loads(message)  # trusted: from process 0 of this run
     self.submitted += sum(command.request is not None for command in commands)
     return [(c, Handle(c.number, c.request) if c.request else None) for c in commands], more

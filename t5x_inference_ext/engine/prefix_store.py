@@ -165,7 +165,7 @@ def load_blocks(
     prompts: The prompts.
     weights: Weights, for their shapes and shardings.
     store: The store.
-    copies: Blocks to copy. A row's blocks come in the order of their indices, from 0 on.
+    copies: Blocks to copy. The blocks of a row must be in the order of their indices, from 0 on.
 
   Raises:
     RequestError: A prompt has less room than a block.

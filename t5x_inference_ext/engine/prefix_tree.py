@@ -112,7 +112,7 @@ class PrefixTree:
     up the next prompt.
 
     Args:
-      tokens: The prompt, BOS first. All its keys and values are known.
+      tokens: The prompt, BOS first. All its keys and values must have been computed.
       salt: Separates prompts that must not share.
 
     Returns:

@@ -184,7 +184,7 @@ class Scheduler:
     for command, handle in self._inbox.take():
       if (request := command.request) is not None:
         assert handle is not None
-        if request.grammar and not handle.matchers:  # it was checked in another process
+        if request.grammar and not handle.matchers:  # another process checked it
           handle.matchers = self._grammars.compiled(request.grammar, len(request.seeds))
         rows = rows_of(handle, self.config.end_ids, self._vocabulary)
         self._unfinished[handle.index] = rows

@@ -153,7 +153,7 @@ class SchedulerConfig:
 
   @property
   def prefill_reads(self) -> list[int]:
-    """The numbers of cached positions that chunks read, in ascending order: at most three."""
+    """Numbers of cached positions that chunk programs read, in ascending order; at most three."""
     # A power of two near the geometric mean of FIRST_READ and max_length.
     middle = 1 << math.isqrt(FIRST_READ * max(FIRST_READ, self.max_length)).bit_length() - 1
     return [0, *([middle] if middle < self.max_length else []), self.max_length]

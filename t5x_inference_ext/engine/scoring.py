@@ -41,7 +41,7 @@ class ScoringExample(NamedTuple):
 
 
 def tokens_read(prompt: Sequence[int], completion: Sequence[int], bos_id: int | None) -> int:
-  """Return how many tokens a model reads to score a completion: all except the last, and BOS."""
+  """Return how many tokens a model reads to score a completion: BOS, and all except the last."""
   return len(prompt) + len(completion) - (bos_id is None)
 
 

@@ -206,7 +206,8 @@ def _weight_of_top(logits: jax.Array, weights: jax.Array, count: jax.Array) -> j
   A binary search finds the smallest of these logits, one bit at a time.
   """
   bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
-  order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(2**31))  # in the order of logits
+  # Unsigned integers in the same order as the logits.
+  order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(2**31))
 
   def set_bit(i: jax.Array, found: jax.Array) -> jax.Array:
     tried = found | (jnp.uint32(2**31) >> i.astype(jnp.uint32))

@@ -55,7 +55,7 @@ class SlotTable:
     """Return a free slot whose shard has the most free pages; None if none has enough.
 
     Args:
-      length: Positions that the row needs at once.
+      length: Positions that the row needs when it enters.
     """
     slots = np.flatnonzero(~self.alive)
     if not slots.size:
@@ -76,7 +76,7 @@ class SlotTable:
     Args:
       slot: From find_slot.
       row: The row.
-      length: Positions that the row needs at once.
+      length: Positions that the row needs when it enters.
       names: Names of the pages of the prefix that the row shares with other rows.
     """
     found, unwritten = self.shared.take(slot, names)

@@ -31,7 +31,7 @@ LEAST_CHUNK = 128
 
 def chunk_size(model: Model, rows: int, length: int) -> int:
   """Return how many positions of a row one pass takes: `length`, or a multiple of LEAST_CHUNK."""
-  logits = rows * model.config.num_heads * length / model.mesh.size  # of one position
+  logits = rows * model.config.num_heads * length / model.mesh.size  # of one position, on a device
   if length <= LONG or logits * length <= MOST_LOGITS:
     return length
   return max(1, int(MOST_LOGITS / logits) // LEAST_CHUNK) * LEAST_CHUNK

@@ -23,7 +23,7 @@ from t5x_inference_ext.quantization.kv import KV, tile_positions
 # A page's number of positions must be a multiple of this: on v4, a cache of other sizes takes up to
 # 1.7 times as long to read.
 POSITIONS_MULTIPLE = 8
-# First position of a page that is not in use: beyond every row's end.
+# Entry of `starts` for a page that no row owns: beyond every row's end.
 UNUSED = 2**30
 
 

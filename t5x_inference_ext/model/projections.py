@@ -64,7 +64,7 @@ class WeightStationary:
       y = self._gathered(y)
       y = int8.matmul(y, w.w_in, w.in_scale)
     dim = self.sharding.reduce_scatter_dim(self.block_part)
-    y = self._sum_columns(y, dim)  # all columns, before cutting them
+    y = self._sum_columns(y, dim)  # all columns at once, before they are cut
     # If MLP and attention columns are one array, attention's output is later written into it,
     # beside the MLP's. So the MLP's slice keeps the columns after it as room; their values are
     # ignored.

@@ -43,7 +43,7 @@ class TokenParts:
   block: int = 1
 
   def split(self, x: Shaped[Array, 'b t *rest']) -> tuple[jax.Array, ...]:
-    """Return the parts of x [b, t, ..], whose tokens are whole blocks."""
+    """Return the parts of x [b, t, ..]. The tokens of x must fill whole blocks."""
     if self.count == 1:
       return (x,)
     lead, rest = x.shape[: self.dim], x.shape[self.dim + 1 :]

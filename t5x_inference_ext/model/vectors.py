@@ -109,7 +109,7 @@ def take_heads(
   if None in heads:
     x = jnp.concatenate([x, jnp.zeros_like(x[..., :1, :])], axis=-2)
   indices = [x.shape[-2] - 1 if head is None else head for head in heads]
-  if indices == [*range(x.shape[-2])]:  # heads divide evenly
+  if indices == [*range(x.shape[-2])]:  # in order, without padding or repeats
     return ops.local_slice(x, axes, x.ndim - 2)
   local = ops.local_slice(jnp.asarray(indices, jnp.int32), axes, 0)
   return jnp.take(x, local, axis=-2)

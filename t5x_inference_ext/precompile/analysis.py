@@ -160,7 +160,7 @@ def analyze(
 
 
 def _quick(case: CompileCase) -> CompileCase:
-  """Return the case with its layers as a loop, if compiling them unrolled would take minutes."""
+  """Return the case with its layers as a loop if unrolled ones would take minutes to compile."""
   many = case.config.num_layers > MAX_UNROLLED_LAYERS
   return dataclasses.replace(case, scan_layers=case.stacked or many)
 
@@ -180,7 +180,7 @@ def _best_layout(
     layout = Layout.parse(text)
     try:
       program, found = compiled(dataclasses.replace(quick, layout=layout))
-    except MeshError as e:  # it can't split the rows, or share weights with the other phase
+    except MeshError as e:  # the layout can't split the rows, or share weights with the other phase
       tried.append(Tried(text, None, str(e)))
       refusal = refusal or e
       continue

@@ -88,8 +88,8 @@ def find_collective(
 def replica_groups(instruction: Instruction, partitions: int) -> tuple[tuple[int, ...], ...]:
   """Return the groups of devices of a collective.
 
-  The text lists them, {{0,1},{2,3}}, or enumerates them, [2,2]<=[2,2]T(1,0). A text without groups
-  means one group of all devices.
+  The text lists the groups, {{0,1},{2,3}}, or describes them by a transposed range of devices,
+  [2,2]<=[2,2]T(1,0). Without groups in the text, all devices are one group.
 
   Args:
     instruction: Instruction. The collective.
