@@ -66,7 +66,7 @@ def admitted(
       f'{length} tokens, BOS included, and {limit} new ones do not fit into a cache of '
       f'{table.pool.pages - 1} pages of {config.page_size} positions: raise `pages`'
     )
-  slot_row(  # checks the other fields
+  slot_row(  # only for its checks of the other fields
     request.sampling,
     model.vocab_size,
     seed=0,

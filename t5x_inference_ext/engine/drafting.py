@@ -52,8 +52,8 @@ class Outlook(NamedTuple):
   Attributes:
     counts: [B] int32. Number of tokens of the draft; 0 if the row gets none.
     grades: [B] int32. Grade of the draft, 0 to G - 1: acceptance is counted for each grade.
-    sources: [B] int32. Values that `outlook` passes to `draft`, such as the position in the row that
-      the draft is copied from.
+    sources: [B] int32. Values that `outlook` passes to `draft`, such as the position in the row
+      after which the draft is copied.
     first: [B] int32. The first token of the draft; -1 if it is not known before it is made.
   """
 

@@ -34,7 +34,7 @@ class PagePool:
     self.table = np.zeros((rows, width), np.int32)
     self.owners = np.zeros(shards * pages, np.int32)
     self.starts = np.full(shards * pages, UNUSED, np.int32)
-    self._free = [list(range(1, pages)) for _ in range(shards)]  # heaps
+    self._free = [list(range(1, pages)) for _ in range(shards)]  # a heap for each shard
     self._first = [0] * rows  # index of the row's first own page; those before it are shared
     self._ends = [0] * rows  # the page index after a row's last page
 

@@ -14,7 +14,7 @@ class ScoringExample(NamedTuple):
   Attributes:
     inputs: [n] int32. Model inputs: the token before each target; the first is BOS if there is one.
     targets: [n] int32. Token ids to score.
-    weights: [n] float32. Weight of each log-probability; 0 ignores it.
+    weights: [n] float32. Weight of each log-probability; 0 ignores the target.
   """
 
   inputs: Sequence[int]
