@@ -7,17 +7,16 @@
 Run from the root of a checkout, on one device, with random weights; nothing but jax is needed.
 Activations are bfloat16.
 
-- decode: a loop of steps on the device, each with embedding, logits and greedy choice. Its bound is
-  the time to read all weights once at the memory bandwidth of a large copy, measured in this run,
-  bytes read and written.
-- prefill: whole prompts. Its FLOPs are those of the layers' matrices, of the visible half of
-  attention, and of the last token's logits; the matrix rate is that of a large bfloat16 product of
-  random numbers, measured in this run.
+- decode: a loop of steps on the device, each with embedding, logits and greedy choice. The bound is
+  the time to read all weights once at the memory bandwidth, measured in this run by a large copy
+  (bytes read plus bytes written).
+- prefill: whole prompts. FLOPs are those of the layers' matrices, of the visible half of attention,
+  and of the last token's logits. The matrix rate is measured in this run by a large bfloat16
+  product of random numbers.
 - generate: prompts and new tokens in one program, as the infer command runs them.
-- transformers: for a Falcon shape (Falcon-7B's multiquery attention and parallel block), where
-  torch and transformers can be imported. Its generate with torch.compile and a static cache,
-  bfloat16, the same batch and lengths; repeats alternate between both sides. The ratio is of
-  tokens/s.
+- transformers: `generate` with torch.compile and a static cache, in bfloat16, with the same batch
+  and lengths, for a Falcon shape (Falcon-7B's multiquery attention and parallel block), if torch
+  and transformers can be imported. Repeats alternate between both sides. The ratio is of tokens/s.
 """
 
 import argparse
@@ -37,7 +36,7 @@ WEIGHTS = ('bfloat16', 'int8')
 _FALCON = dict(
   num_kv_heads=1, block='parallel', mlp='gelu', norm='layer', norm_scale='one', norm_epsilon=1e-5
 )
-# Name -> the model, the tokens of a prompt, and the new ones.
+# Name -> the model, the tokens of a prompt, and the number of new tokens.
 SHAPES = {
   'palm_8b': (preset('palm_8b'), 1024, 64),
   'falcon_7b': (
@@ -81,7 +80,7 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """Seconds of one batch size: a decode step, a prefill, a generation, and transformers'."""
+  """Seconds for one batch size: a decode step, a prefill, a generation, transformers' one."""
 
   batch: int
   decode: float
@@ -111,7 +110,7 @@ def row(
   prompt: int,
   new: int,
 ) -> str:
-  """Return a line of the table; without the columns of OTHER_TITLES if there is no other side."""
+  """Return a line of the table; without the columns of OTHER_TITLES if transformers did not run."""
   bound = weight_bytes / machine.bandwidth
   flops = prefill_flops(config, cell.batch, prompt) / cell.prefill
   speed = cell.batch * new / cell.generate
@@ -156,8 +155,8 @@ def measure(own: RandomModel, batch: int, prompt: int, new: int, repeats: int, o
     batch: int. Rows.
     prompt: int. Tokens of each prompt.
     new: int. Tokens to generate.
-    repeats: int. Measurements, of which the median counts.
-    other: falcon.Falcon or None. The other side.
+    repeats: int. Number of measurements; their median is taken.
+    other: falcon.Falcon or None. The model in transformers.
   """
   programs = own.programs(batch, prompt, new)
   decode = median_seconds(programs.decode, repeats) / programs.steps
@@ -166,7 +165,7 @@ def measure(own: RandomModel, batch: int, prompt: int, new: int, repeats: int, o
   if other:
     tokens = np.random.default_rng(0).integers(2, own.model.config.vocab_size, (batch, prompt))
     sides.append(other.generate(tokens, new))
-  for side in sides:  # compiles; transformers' second call still records CUDA graphs
+  for side in sides:  # first runs compile; transformers' second call still records CUDA graphs
     seconds(side)
     seconds(side)
   times = [[seconds(side) for side in sides] for _ in range(repeats)]
@@ -174,9 +173,9 @@ def measure(own: RandomModel, batch: int, prompt: int, new: int, repeats: int, o
 
 
 def is_falcon(config: ModelConfig) -> bool:
-  """Return whether transformers' Falcon can have this shape: that of Falcon-7B.
+  """Return whether transformers' Falcon can have this shape, with the features of Falcon-7B.
 
-  It is parallel and multiquery, with GELU and layer norm.
+  These are the parallel block, multiquery attention, GELU and layer norm.
   """
   return (config.block, config.mlp, config.norm, config.num_kv_heads) == (
     'parallel',
@@ -187,7 +186,7 @@ def is_falcon(config: ModelConfig) -> bool:
 
 
 def other_side(config: ModelConfig, context: int):
-  """Return (a falcon.Falcon, a remark about it), or (None, why there is none)."""
+  """Return (a falcon.Falcon, a remark on it), or (None, the reason why there is none)."""
   if not is_falcon(config):
     return None, 'transformers has no model of this shape (it has that of --shape=falcon_7b)'
   try:
@@ -223,8 +222,8 @@ def table(
     weights: sequence of str, of WEIGHTS.
     batches: sequence of int. Rows.
     repeats: int. Measurements of each figure.
-    scan_layers: bool. A loop over all layers, or code for each. XLA on a GPU copies a layer's
-      weights out of the stack first, which takes twice as long as using them.
+    scan_layers: bool. Whether to loop over all layers; otherwise they are unrolled. In a loop, XLA
+      on a GPU copies each layer's weights first, which takes twice as long as using them.
     prompt: int or None. Tokens of each prompt, by default the shape's.
     new: int or None. Tokens to generate, by default the shape's.
   """
@@ -249,7 +248,7 @@ def table(
         yield f'| {kind} | {batch} | out of memory |'
         continue
       yield row(cell, kind, config, own.weight_bytes, machine, prompt, new)
-    del own  # before the next is made
+    del own  # before the next model is made
 
 
 def report(shapes: Sequence[str], **options) -> None:

@@ -3,9 +3,10 @@
     python -m benchmarks.beside ../other_checkout [--batch=1,8,32] [--repeats=40]
 
 Run from the root of a checkout. Each checkout has a process of its own, which loads the same T5X
-checkpoint and compiles. The calls then alternate, so that both see the same moods of the machine.
-Printed are, for each batch size, the best and the median time of both, and the median and the
-quartiles of the ratio of the two calls of a pair, by wall time and by processor time.
+checkpoint and compiles. The calls then alternate, so that changes of the machine's speed affect
+both alike. For each batch size, the benchmark prints the best and the median time of both
+checkouts, and the median and the quartiles of the ratio within each pair of calls, by wall time and
+by processor time.
 """
 
 import argparse
@@ -55,7 +56,7 @@ class Worker:
     )
 
   def read(self) -> list[str]:
-    """Wait for the words of a line. A worker that ended has printed why."""
+    """Wait for a line, and return its words. A worker that ended has printed the reason."""
     assert self._process.stdout is not None
     return self._process.stdout.readline().split() or sys.exit('a checkout failed, see above')
 
@@ -69,13 +70,13 @@ class Worker:
 
 
 def ratios(this: list[float], other: list[float]) -> str:
-  """How much faster this checkout is, pair by pair."""
+  """Return the text of how much faster this checkout is, pair by pair."""
   low, middle, high = statistics.quantiles([b / a for a, b in zip(this, other)], n=4)
   return f'{middle:.3f} ({low:.3f} to {high:.3f})'
 
 
 def milliseconds(seconds: list[float]) -> str:
-  """The best time and the median."""
+  """Return the text of the best time and the median."""
   return f'{min(seconds) * 1e3:.1f}, {statistics.median(seconds) * 1e3:.1f}'
 
 

@@ -6,11 +6,11 @@
 
 Run from the root of a checkout, on one device. Prompts of 16 to 512 tokens and outputs of 8 to 256
 are drawn log-uniformly with seed 0. A useful token is one that a request asked for. The static
-batch takes requests in order, 32 at a time, each batch padded to its longest prompt and stopping
-when all of its rows end; both sides give the same tokens. With --stock the same batches also go
-through the step that stock `t5x.infer` makes of T5X's DecoderOnlyModel (needs T5X and flaxformer):
-sequences as long as the longest prompt and output, decoding as many steps as the batch's longest
-output, since T5X has no limit for each row.
+batch takes requests in order, 32 at a time. Each batch is padded to its longest prompt and stops
+when all of its rows have ended. Both sides give the same tokens. With --stock, the same batches
+also go through the step that stock `t5x.infer` makes of T5X's DecoderOnlyModel (needs T5X and
+flaxformer). Its sequences are as long as the longest prompt and output, and it decodes as many
+steps as the batch's longest output has tokens, since T5X has no limits per row.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def make_engine(
   stacked: bool = True,
   weights: str = 'float',
 ) -> Engine:
-  """A random model of PaLM's form, on one device unless said otherwise."""
+  """Return an engine with a random model of PaLM's form, on one device by default."""
   config = ModelConfig(layers, d_model, 4 * d_model, d_model // 64, 64, vocabulary)
   tensors = reference.random_tensors(config)
   if weights == 'int8':
@@ -97,7 +97,7 @@ def static(engine: Engine, requests: list[Request], slots: int):
 
 
 def stock(engine: Engine, tensors, requests: list[Request], slots: int):
-  """The same batches through stock T5X."""
+  """Run the same batches through stock T5X."""
   import functools
 
   import jax.numpy as jnp
@@ -139,7 +139,7 @@ def stock(engine: Engine, tensors, requests: list[Request], slots: int):
 
 
 def timed(run, repeats: int):
-  result, times = run(), []  # compiles
+  result, times = run(), []  # the first run compiles
   for _ in range(repeats):
     start = time.perf_counter()
     result = run()
@@ -187,7 +187,7 @@ def refill_case(args) -> None:
 
 
 def first_tokens(scheduler: Scheduler, prompts: list[list[int]]) -> tuple[list[int], float]:
-  """The first token of each prompt, and the seconds until all are there."""
+  """Return the first token of each prompt, and the seconds until the last of them."""
   start = time.perf_counter()
   found = {}
   for event in serve(scheduler, [Request((0, *p), limit=1) for p in prompts]):
@@ -196,13 +196,13 @@ def first_tokens(scheduler: Scheduler, prompts: list[list[int]]) -> tuple[list[i
 
 
 def beginnings_case(args, turns: list[list[list[int]]], what: str) -> None:
-  """Time all first tokens of each turn's prompts, with a tree of beginnings and without."""
+  """Time all first tokens of each turn's prompts, with a prefix cache and without."""
   engine = make_engine(args.layers, args.d_model, args.vocabulary, args.dtype)
   longest = max(len(p) for prompts in turns for p in prompts) + 1
   print(f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; {what}')
   times: dict[bool, list[list[float]]] = {False: [], True: []}
   tokens: dict[bool, list] = {}
-  for repeat in range(args.repeats + 1):  # the first compiles
+  for repeat in range(args.repeats + 1):  # the first run compiles
     for share in (False, True):
       config = scheduler_config.config_for(
         engine.model,
@@ -230,7 +230,7 @@ def beginnings_case(args, turns: list[list[list[int]]], what: str) -> None:
 
 
 def prefix_case(args) -> None:
-  """Two families of prompts, each with a beginning of its own, in turn."""
+  """Time two families of prompts in turn, each with a common prefix of its own."""
   rng = np.random.default_rng(0)
   ids = lambda n: rng.integers(3, args.vocabulary, n).tolist()
   begins = [ids(500), ids(500)]
@@ -244,7 +244,7 @@ def prefix_case(args) -> None:
 
 
 def chat_case(args) -> None:
-  """Chats of four turns of 256 tokens, with replies of 16."""
+  """Time chats of four turns of 256 tokens, with replies of 16."""
   rng = np.random.default_rng(0)
   ids = lambda n: rng.integers(3, args.vocabulary, n).tolist()
   chats: list[list[int]] = [[] for _ in range(32)]

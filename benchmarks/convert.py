@@ -1,5 +1,4 @@
-"""Converting a large T5X checkpoint, beside copying it and decompressing it, in one run; and the
-peak memory it takes.
+"""Time and peak memory of converting a large T5X checkpoint, beside copying and decompressing it.
 
     python -m benchmarks.convert --gigabytes=8 --directory=SCRATCH
 
@@ -9,13 +8,12 @@ page cache for the source:
 
   copy        cp of the compressed source, and a sync of the copy
   decompress  reading all chunk files and decompressing them with zlib on all cores, keeping nothing
-  convert     python -m t5x_inference_ext.convert_checkpoint to int8, its own process: start-up,
-              reading back from
-              the disk and renaming included
+  convert     python -m t5x_inference_ext.convert_checkpoint to int8, in a process of its own, with
+              start-up, reading back from the disk and renaming
 
-It needs about 2.2 times --gigabytes of disk, and removes everything it made, but for a checkpoint
-in --source, which it makes where it is not there. Processor seconds are of all threads: on a
-machine that others use, too, they say more.
+The benchmark needs about 2.2 times --gigabytes of disk. It removes all files that it made, except
+the checkpoint in --source, which it makes if it is missing. Processor seconds are those of all
+threads: on a machine with other users, they tell more than wall time.
 """
 
 import argparse
@@ -44,7 +42,7 @@ COMPRESSOR = {'id': 'gzip', 'level': 1}
 
 
 def model(gigabytes: float) -> ModelConfig:
-  """A PaLM-style model whose float32 parameters take about so much."""
+  """Return a PaLM-style model whose float32 parameters take about this much."""
   layer = ModelConfig(
     num_layers=1, d_model=2048, d_ff=8192, num_heads=8, d_head=256, vocab_size=32128
   )
@@ -54,7 +52,7 @@ def model(gigabytes: float) -> ModelConfig:
 
 
 def leaves(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """The shapes of flaxformer's scanned tree."""
+  """Return the shapes of flaxformer's scanned tree, by name."""
   g = c.d_ff // c.num_heads
   return {
     'decoder/token_embedder/embedding': (c.vocab_size, c.d_model),
@@ -67,7 +65,7 @@ def leaves(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def make(path: pathlib.Path, config: ModelConfig) -> None:
-  """Writes the checkpoint."""
+  """Write the checkpoint."""
   path.mkdir(parents=True)
   target, jobs = {}, []
   context = ts.Context(
@@ -125,7 +123,7 @@ def chunk_files(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def forget(path: pathlib.Path) -> None:
-  """Puts a directory's files on the disk and out of the page cache."""
+  """Write a directory's files to the disk, and drop them from the page cache."""
   for file in path.rglob('*'):
     if file.is_file():
       with open(file, 'rb') as f:
@@ -134,7 +132,7 @@ def forget(path: pathlib.Path) -> None:
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> tuple[float, float]:
-  """Seconds, and processor seconds."""
+  """Copy a directory; return seconds, and processor seconds."""
   forget(source)
   start, before = time.perf_counter(), os.times()
   subprocess.run(['cp', '-r', str(source), str(target)], check=True)
@@ -145,7 +143,7 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> tuple[float, float]:
 
 
 def decompress(source: pathlib.Path) -> tuple[float, float]:
-  """Seconds, and processor seconds."""
+  """Decompress all chunk files; return seconds, and processor seconds."""
   forget(source)
   start, before = time.perf_counter(), time.process_time()
   with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
@@ -157,7 +155,7 @@ def decompress(source: pathlib.Path) -> tuple[float, float]:
 def convert(
   source: pathlib.Path, target: pathlib.Path, workers: int, weights: str = 'int8'
 ) -> tuple[tuple[float, float], int]:
-  """(Seconds, processor seconds), and the peak resident bytes of the process."""
+  """Convert; return (seconds, processor seconds), and the process's peak resident bytes."""
   forget(source)
   command = [
     sys.executable,

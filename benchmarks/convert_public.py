@@ -6,10 +6,10 @@ Run from the root of a checkout. Makes a Llama-shaped model of random bfloat16 v
 about 1 GB with an index, and times, each with a cold page cache for the source:
 
   copy        cp of the source, and a sync of the copy
-  convert     python -m t5x_inference_ext.convert_checkpoint to bfloat16 and to int8, each its own
-              process: start-up, reading back from the disk and renaming included
+  convert     python -m t5x_inference_ext.convert_checkpoint to bfloat16 and to int8, each in a
+              process of its own, with start-up, reading back from the disk and renaming
 
-It needs about 2.2 times --gigabytes of disk, and removes everything it made.
+The benchmark needs about 2.2 times --gigabytes of disk, and removes all files that it made.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks import convert as t5x_convert
 
 FILE_BYTES = 10**9
 D_MODEL, D_FF, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 4, 32000
-POOL = 2**25  # random values that tensors are cut from
+POOL = 2**25  # number of random values from which tensors are cut
 
 
 def layer(i: int) -> dict[str, tuple[int, ...]]:
@@ -45,7 +45,7 @@ def layer(i: int) -> dict[str, tuple[int, ...]]:
 
 
 def shapes(gigabytes: float) -> tuple[int, dict[str, tuple[int, ...]]]:
-  """Return a number of layers, and the shapes of all tensors, which take about so much."""
+  """Return a number of layers, and the shapes of all tensors, which take about `gigabytes`."""
   outside = {
     'model.embed_tokens.weight': (VOCABULARY, D_MODEL),
     'lm_head.weight': (VOCABULARY, D_MODEL),

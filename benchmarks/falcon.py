@@ -1,4 +1,4 @@
-"""Falcon in Hugging Face transformers, with torch.compile and a static cache, to compare with.
+"""Falcon in Hugging Face transformers, with torch.compile and a static cache, for comparison.
 
 Importing this module raises ImportError where PyTorch or transformers is absent.
 """
@@ -18,7 +18,7 @@ class Falcon:
     """Make a model.
 
     Args:
-      config: ModelConfig. A shape for which accelerator.is_falcon.
+      config: ModelConfig. A shape for which accelerator.is_falcon is true.
       context: int. Positions of a row.
     """
     self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -54,8 +54,8 @@ class Falcon:
   def generate(self, prompts: np.ndarray, new_tokens: int):
     """Return a function that continues prompts [B, T] greedily -> tokens [B, new_tokens].
 
-    No row ends early. transformers compiles the decode step (CUDA graphs on a GPU), and keeps it
-    for the next call of these sizes.
+    No row ends early. transformers compiles the decode step (CUDA graphs on a GPU), and keeps the
+    compiled step for the next call with these sizes.
     """
     tokens = torch.tensor(prompts, dtype=torch.long, device=self.device)
     compile_config = CompileConfig(dynamic=False)  # each batch size gets code of its own

@@ -5,8 +5,8 @@
 Run from the root of a checkout. Prints a row for each family: its features; the largest difference
 of a logit from transformers' golden one, in float32, as a share of the largest golden logit, on
 1x1x1 and on 2x2x2 simulated devices under three pairs of layouts; whether all greedy tokens are
-equal; and the largest difference of the int8 model's logits from those of the float32 model that
-its weights stand for, likewise.
+equal; and, also as a share, the largest difference of the int8 model's logits from those of the
+float32 model with equal (dequantized) weights.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def logits(engine, ids):
 
 
 def greedy(engine, prompt):
-  """Greedy tokens of a prompt, in each of ROWS rows."""
+  """Return the greedy tokens of a prompt, in each of ROWS rows."""
   tokens = np.tile(prompt.astype(np.int32), (ROWS, 1))
   lengths = np.full(ROWS, len(prompt), np.int32)
   size = len(prompt) + STEPS
@@ -70,7 +70,7 @@ def greedy(engine, prompt):
 
 
 def dequantized(checkpoint):
-  """The float32 model that an int8 checkpoint stands for."""
+  """Return the float32 model with the dequantized weights of an int8 checkpoint."""
   tensors = {}
   for name, p in params.parameters(checkpoint.config).items():
     values = checkpoint.tensors[name].read().astype(np.float32)

@@ -29,7 +29,7 @@ from t5x_inference_ext.model.shardings import COMPUTE_DTYPES
 
 
 def own_run(engine: Engine, prompts: np.ndarray, new_tokens: int):
-  """A function that generates for prompts [B, T], returning numpy tokens [B, new_tokens]."""
+  """Return a function that generates for prompts [B, T]: numpy tokens [B, new_tokens]."""
   rows = prompts.tolist()
   return lambda: np.asarray(
     [c.tokens for c in engine.generate(rows, max_new_tokens=new_tokens, eos_id=-1)], np.int32
@@ -37,7 +37,7 @@ def own_run(engine: Engine, prompts: np.ndarray, new_tokens: int):
 
 
 def stock_run(checkpoint: str, config, prompts: np.ndarray, new_tokens: int):
-  """The same with stock T5X; raises ImportError where it, or flaxformer, is absent."""
+  """Return such a function of stock T5X; raise ImportError if T5X or flaxformer is absent."""
   import seqio
   from t5x import decoding, models
 
@@ -73,7 +73,7 @@ def stock_run(checkpoint: str, config, prompts: np.ndarray, new_tokens: int):
 
 
 def stock_params(checkpoint: str):
-  """T5X's own reading of a legacy checkpoint."""
+  """Return the parameters of a legacy checkpoint, as T5X reads them."""
   from t5x import checkpoints
 
   return jax.tree.map(jnp.asarray, checkpoints.load_t5x_checkpoint(checkpoint)['target'])
@@ -111,7 +111,7 @@ def main():
       sides['stock'] = stock_run(args.checkpoint, config, prompts, args.generate)
     except ImportError as e:
       missing = f'not importable ({e.name or e})'
-    tokens = {name: run() for name, run in sides.items()}  # compiles
+    tokens = {name: run() for name, run in sides.items()}  # the first run compiles
     times = {name: [] for name in sides}
     for _ in range(args.repeats):
       for name, run in sides.items():

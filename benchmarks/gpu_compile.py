@@ -1,13 +1,13 @@
-r"""Kernels and bytes of a decode step or a prefill on one H200, as the GPU compiler has them.
+r"""Kernels and bytes of a decode step or a prefill on one H200, as the GPU compiler makes them.
 
     pip install --no-deps jax-cuda13-pjrt==VERSION jax-cuda13-plugin==VERSION \
         nvidia-cuda-nvcc nvidia-nvvm
     python -m benchmarks.gpu_compile --shape=palm_8b --weights=bfloat16,int8 --batch=1,8,64
 
 VERSION is jax's. Run from the root of a checkout. No GPU is needed: nothing runs, and nothing is
-tuned on the device, where tuning picks other kernels for products. The table shows whether a step
-reads its weights and cache once (`times them` near 1: no copies), and how many kernels it starts,
-each of which takes some time whatever it does.
+tuned. (On a device, tuning may choose other kernels for products.) The table shows whether a step
+reads its weights and cache once (`times them` near 1: no copies), and how many kernels it starts:
+each start takes some time.
 """
 
 import argparse
@@ -49,9 +49,9 @@ class Launches:
   """Kernels that one run of a program starts.
 
   Attributes:
-    kernels: int. Their number.
-    bytes: int. Bytes that they read and write.
-    largest: tuple of (bytes, name). Those that move most.
+    kernels: int. Number of kernels.
+    bytes: int. Bytes that all kernels read and write.
+    largest: tuple of (bytes, name). The kernels that move most bytes.
   """
 
   kernels: int
@@ -64,7 +64,7 @@ def launches(text: str, count: int = 3) -> Launches:
 
   Args:
     text: str. compiled.as_text().
-    count: int. How many of the largest are named.
+    count: int. Number of kernels in `largest`.
   """
   module = parse_hlo(text)
   found, _ = loops.executed(module)
@@ -98,9 +98,9 @@ def gpu_mesh() -> jax.sharding.Mesh:
 
 
 def compiler_options() -> dict[str, str]:
-  """Return the compiler's options: no tuning on a device, and an installed assembler.
+  """Return the compiler's options: no tuning on a device, and the path of an assembler.
 
-  The assembler is needed where CUDA itself is not installed.
+  The path is needed if CUDA itself is not installed.
   """
   try:
     import nvidia

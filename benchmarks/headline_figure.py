@@ -3,8 +3,8 @@
   python -m benchmarks.headline_figure [--output=docs/figures/decode_step.svg]
 
 The times are those of docs/benchmarks.md, which `python -m benchmarks.tpu_compile` prints: serial
-estimates of what the TPU compiler made of both programs. One version of matplotlib always draws the
-same bytes.
+estimates of both programs as the TPU compiler made them. A given version of matplotlib always
+writes the same bytes.
 """
 
 import argparse

@@ -1,13 +1,13 @@
 """Time to the first token and between tokens, and the host's share of a step.
 
     python -m benchmarks.latency               # requests that arrive at random: 1, 8, 32 at a time
-    python -m benchmarks.latency --case=host   # the core's own time a step, beside a stub model
+    python -m benchmarks.latency --case=host   # the scheduler's own time a step, with a stub model
     python -m benchmarks.latency --case=long   # one row of 8192 tokens beside 31 of 100
 
-Run from the root of a checkout. `arrivals` keeps N requests under way: each one that ends is
-followed by another after an exponential pause, so that they arrive at random. `host` has a
-stub for a model: a decode program of 592 weight arrays on four simulated devices, as many as 540B
-has, that waits until 10 ms are over; Scheduler.step is timed beside that program alone. `long`
+Run from the root of a checkout. `arrivals` keeps N requests under way: when one ends, another
+follows after an exponential pause, so that requests arrive at random. `host` replaces the model by
+a stub: a decode program that takes 592 weight arrays, as many as 540B has, on four simulated
+devices, and waits until 10 ms are over. Scheduler.step is timed beside that program alone. `long`
 compares decode steps of the same model and slots, after all prompts are prefilled.
 """
 
@@ -38,7 +38,7 @@ def arrivals_case(args) -> None:
     scheduler.warm_up()
     rng = np.random.default_rng(together)
     queue = list(requests)
-    due = sorted(rng.exponential(0.05, together).tolist())  # when the next ones arrive
+    due = sorted(rng.exponential(0.05, together).tolist())  # when the next requests arrive
     began: dict[int, float] = {}
     last: dict[int, float] = {}
     firsts, gaps = [], []
@@ -79,7 +79,7 @@ def _ms(seconds: list[float]) -> str:
 
 
 def host_case(args) -> None:
-  """Print the time between steps of the whole core, with a model whose step takes 10 ms."""
+  """Print the time between steps of the whole scheduler, with a model whose step takes 10 ms."""
   import jax
   import jax.numpy as jnp
   from jax.sharding import PartitionSpec as P
@@ -108,7 +108,7 @@ def host_case(args) -> None:
         touched = jax.lax.cond(
           first, lambda x: jax.pure_callback(wait, shape, x), lambda x: x, touched
         )
-        touched = jax.lax.psum(touched, self.mesh.axis_names)  # all wait for the first
+        touched = jax.lax.psum(touched, self.mesh.axis_names)  # all devices wait for the first
         return jnp.zeros((len(tokens), self.config.vocab_size)) + 0 * touched
 
       run = jax.shard_map(
@@ -123,7 +123,7 @@ def host_case(args) -> None:
   leaves = len(jax.tree.leaves(engine.weights))
   model = WaitingModel(**{f.name: getattr(engine.model, f.name) for f in dataclasses.fields(Model)})
   config = SchedulerConfig(32, 1024, end_ids=(), prefix_bytes=2**20, shared_pages=4)
-  # Two schedulers in equal states: one is stepped, of the other only the decode program runs.
+  # Two schedulers in equal states: `core` is stepped; for `bare`, only the decode program runs.
   core, bare = (Scheduler(model, engine.weights, config) for _ in range(2))
   for scheduler in (core, bare):
     for i in range(32):

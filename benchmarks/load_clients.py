@@ -1,10 +1,10 @@
-"""Clients that keep a server busy: requests of mixed lengths, of which some leave; and a burst.
+"""Clients that keep a server busy: requests of mixed lengths, some of them dropped; and a burst.
 
     python -m benchmarks.load_clients URL mixed CLIENTS SECONDS
     python -m benchmarks.load_clients URL burst CLIENTS TOKENS
 
-benchmarks/server_load.py starts it, and reads its JSON lines. Like server_clients it imports
-nothing of the package. `mixed` prints a line for each request, `burst` one for all.
+benchmarks/server_load.py starts this program, and reads its JSON lines. Like server_clients, the
+program imports nothing of the package. `mixed` prints a line for each request, `burst` one line.
 """
 
 import asyncio
@@ -16,13 +16,13 @@ import time
 
 from benchmarks.server_clients import post
 
-LONGEST, MOST_NEW = 160, 60  # tokens of a prompt, and new ones
+LONGEST, MOST_NEW = 160, 60  # maximum tokens of a prompt, and of an answer
 LEAVING = 0.1  # share of clients that leave
-BURST_SECONDS = 0.5  # after which all clients of a burst leave
+BURST_SECONDS = 0.5  # time after which all clients of a burst leave
 
 
 def random_body(rng: random.Random) -> dict:
-  """Return a request of a length of its own."""
+  """Return a request of random length."""
   return {
     'prompt': [rng.randrange(3, 259) for _ in range(round(LONGEST ** rng.random()))],
     'max_tokens': rng.randint(1, MOST_NEW),
@@ -34,7 +34,7 @@ def random_body(rng: random.Random) -> dict:
 
 
 def parsed(answer: bytes) -> dict:
-  """Return the status, tokens and end of an answer, whole or streamed."""
+  """Return the status, tokens and finish reason of an answer, whole or streamed."""
   head, _, rest = answer.partition(b'\r\n\r\n')
   status = int(head.split()[1])
   if b'text/event-stream' in head:
@@ -51,12 +51,12 @@ def parsed(answer: bytes) -> dict:
 
 
 async def ask(host: str, port: int, body: dict, leaves_after: float | None) -> dict:
-  """Ask, and read the whole answer or leave."""
+  """Send a request; read the whole answer, or leave before."""
   reader, writer = await post(host, port, body)
   try:
     answer = await asyncio.wait_for(reader.read(), leaves_after)
   except TimeoutError:
-    writer.transport.abort()  # what was not sent yet is not sent
+    writer.transport.abort()  # discards data that was not sent yet
     return {'left': True}
   writer.close()
   return {'left': False, **parsed(answer)}
@@ -71,7 +71,7 @@ async def mixed(host: str, port: int, count: int, seconds: float) -> None:
     while time.monotonic() < end:
       body = random_body(rng)
       leaves_after = rng.random() * 0.3 if rng.random() < LEAVING else None
-      if leaves_after is not None:  # it would be answered before
+      if leaves_after is not None:  # a shorter answer would end before the client leaves
         body.update(max_tokens=MOST_NEW, ignore_eos=True)
       print(json.dumps({'body': body, **await ask(host, port, body, leaves_after)}))
 

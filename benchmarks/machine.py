@@ -5,8 +5,8 @@ import os
 import statistics
 import time
 
-# Read when jax first looks for devices: by default jax takes most of a GPU's memory, and PyTorch
-# beside it finds none.
+# jax reads this when it first looks for devices. By default jax takes most of a GPU's memory, and
+# leaves none for PyTorch.
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 
 import jax  # noqa: E402
@@ -38,14 +38,14 @@ def matmul_rate(dtype: str, size: int = 2048, repeats: int = 5) -> float:
 def copy_bandwidth(size: int, repeats: int = 5) -> float:
   """Return bytes/s, read and written, of a copy of `size` bytes, the best of `repeats`."""
   x = jnp.zeros(size // 4, jnp.float32)
-  # An addition: a plain copy may be no operation at all.
+  # An addition, because XLA may drop a plain copy.
   return 2 * x.nbytes / best_seconds(jax.jit(lambda x: x + 1), x, repeats)
 
 
 def best_seconds(function, x, repeats: int, calls: int = 10) -> float:
   """Return the time of a call, the best of `repeats`.
 
-  `calls` calls are started in a row, so that starting them hides behind running them.
+  `calls` calls are started in a row, so that a call runs while the next one is started.
   """
   jax.block_until_ready(function(x))
   return (

@@ -3,8 +3,7 @@
     python -m benchmarks.padding
 
 engine.length_buckets makes the buckets. Lengths are those of benchmarks.continuous, prompt and
-output together. Batches hold as many tokens as 32 rows of the longest. Nothing is computed with
-them.
+output together. Batches hold as many tokens as 32 rows of the longest example. No model runs.
 """
 
 from benchmarks.continuous import ragged

@@ -37,7 +37,7 @@ TABLE_1 = {'multihead': (1320, 330), 'by heads': (660, 165), 'by batch': (43_000
 
 
 def table_1_points() -> list[figures.PublishedPoint]:
-  """Table 1's cells, by batch and positions."""
+  """Return Table 1's cells, by batch and positions."""
   return [
     figures.PublishedPoint('', f'{length:,}', batch, length)
     for lengths in TABLE_1.values()
@@ -46,7 +46,7 @@ def table_1_points() -> list[figures.PublishedPoint]:
 
 
 def table_2_points() -> list[figures.PublishedPoint]:
-  """Table 2's columns, in milliseconds and chip-milliseconds a token."""
+  """Return Table 2's columns, in milliseconds and chip-milliseconds per token."""
   return [
     figures.PublishedPoint(
       column.phase,

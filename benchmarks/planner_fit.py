@@ -2,7 +2,7 @@
 
   python -m benchmarks.planner_fit
 
-Prints the efficiencies of both bandwidth conventions, which planner.efficiency.FITTED repeats, and
+Prints the efficiencies of both bandwidth conventions (planner.efficiency.FITTED has a copy), and
 the error of each column, with efficiencies fitted to all columns and to the other three.
 """
 
@@ -20,7 +20,7 @@ from t5x_inference_ext.planner.network import CONVENTIONS
 
 _NAMES = tuple(f.name for f in dataclasses.fields(Efficiency))
 _GRID = 7  # points along each parameter, in every round
-_ROUNDS = 12  # each with half the range of the last
+_ROUNDS = 12  # each searches half the range of the round before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Fit:
   Attributes:
     convention: Convention of the network.
     efficiency: Efficiencies fitted to all columns.
-    errors: For each column, predicted over measured time, less 1.
-    left_out: For each column, its error with efficiencies fitted to the others alone.
+    errors: For each column, predicted time / measured time - 1.
+    left_out: For each column, the error with efficiencies fitted to the other columns only.
   """
 
   convention: str
@@ -71,7 +71,7 @@ def _least(ideal: Sequence[PassCost], columns: Sequence[Column]) -> Efficiency:
 def search(loss: Callable[[Efficiency], float]) -> Efficiency:
   """Return the efficiencies, from 0.05 to 1 with three digits, that have the least loss.
 
-  Searches grids, each of which closes in on the best point so far.
+  Searches a series of grids, each one finer and around the best point so far.
   """
   centre, reach = np.full(len(_NAMES), 0.525), 0.475
   least, best = math.inf, IDEAL

@@ -1,14 +1,15 @@
-"""The planner's predictions beside measurements of others, none of which its fit has seen.
+"""The planner's predictions beside published measurements that its fit does not use.
 
   python -m benchmarks.planner_predictions
 
-First the other measured points of Pope et al. (arXiv 2211.05102): PaLM 540B at batch 64 with
-weights of either kind (its text), and Table 3, PaLM 62B. Each latency is checked against the MFU
-that is printed beside it. The layout is the paper's, and the mesh of whole axes with X nearest to
-sqrt(n E / F) (section 3.2.2; of two as near the larger): the paper does not say which its small
-slices had. Then Megatron 530B beside NVIDIA's FasterTransformer on A100s with tensor parallelism,
-for 20, 60 and 128 tokens in and 8 or 20 out: on the same GPUs in the layout that tensor parallelism
-is (ws_1d/heads), and on 64 TPU v4 in the best.
+First come the other measured points of Pope et al. (arXiv 2211.05102): PaLM 540B at batch 64 with
+int8 and bfloat16 weights (from the text), and PaLM 62B (Table 3). Each latency is checked against
+the MFU that the paper prints beside it. The layout is the paper's. The paper does not give the
+meshes of its small slices; the mesh here has whole axes, with X nearest to sqrt(n E / F) (section
+3.2.2; if two are equally near, the larger). Then comes Megatron 530B beside NVIDIA's
+FasterTransformer on A100s with tensor parallelism, for 20, 60 and 128 tokens in and 8 or 20 out: on
+the same GPUs in the layout of tensor parallelism (ws_1d/heads), and on 64 TPU v4 in the best
+layout.
 """
 
 import dataclasses
@@ -49,7 +50,7 @@ class Measured:
 
   @property
   def case(self) -> PassCase:
-    """The pass."""
+    """The pass that was measured."""
     model, machine = preset(self.model), Machine.parse(self.machine)
     return PassCase(
       model,
@@ -64,7 +65,7 @@ class Measured:
     )
 
   def check(self) -> None:
-    """Raise ValueError where latency and MFU, as printed, do not belong together."""
+    """Raise ValueError if the printed latency and MFU contradict each other."""
     case = self.case
     tokens = case.batch * case.length
     if (

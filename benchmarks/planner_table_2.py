@@ -10,7 +10,7 @@ from t5x_inference_ext.sharding.layout import Layout
 SLICE = 'v4:4x4x4'
 MESH = (4, 4, 4)
 CONTEXT = 2048
-DECODED = 64  # tokens; the table's decode latencies are the time of all of them
+DECODED = 64  # the table's decode latencies are the time of this many steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +18,13 @@ class Column:
   """A column of Table 2.
 
   Attributes:
-    name: Its heading.
+    name: Heading of the column.
     phase: 'prefill' or 'decode'.
     batch: Rows.
     layout: Layout of the phase.
     weights: 'int8' or 'bfloat16'.
     latency: Seconds of a prefill of 2048 tokens, or of 64 decode steps.
-    mfu: MFU as printed.
+    mfu: MFU as the paper prints it.
   """
 
   name: str
@@ -47,7 +47,7 @@ class Column:
 
   @property
   def case(self) -> PassCase:
-    """The pass."""
+    """The pass of the column."""
     return PassCase(
       preset('palm_540b'),
       Machine.parse(SLICE),

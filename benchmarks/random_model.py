@@ -1,4 +1,4 @@
-"""A model with random weights on one device: what benchmarks run without a checkpoint."""
+"""A model with random weights on one device, for benchmarks without a checkpoint."""
 
 import dataclasses
 import functools
@@ -27,10 +27,12 @@ class Programs:
   """Functions to time for one batch size. They take no arguments; their first call compiles.
 
   Attributes:
-    prefill: function. Whole prompts [B, T] -> next tokens [B], and the cache.
-    decode: function. `steps` greedy decode steps, one loop on the device -> last tokens [B].
-    generate: function. All that the infer command runs for a batch -> tokens [B, new tokens].
-    steps: int. Decode steps in a call of `decode`.
+    prefill: function. Runs whole prompts [B, T]; returns next tokens [B], and the cache.
+    decode: function. Runs `steps` greedy decode steps, in a loop on the device; returns the last
+      tokens [B].
+    generate: function. Runs what the infer command runs for a batch; returns tokens
+      [B, new tokens].
+    steps: int. Number of decode steps in a call of `decode`.
   """
 
   prefill: object
@@ -54,14 +56,14 @@ class RandomModel:
     Args:
       config: ModelConfig. Its shape.
       kind: str. 'bfloat16' or 'int8' weights.
-      scan_layers: bool. One loop over all layers, or code for each.
+      scan_layers: bool. Whether to loop over all layers; otherwise they are unrolled.
     """
     model = Model(config, single_device_mesh())
     return cls(model, random_weights(model, kind, scan_layers), kind)
 
   @property
   def weight_bytes(self) -> int:
-    """Bytes of the weights. A decode step reads them once, the embedding for its logits."""
+    """Bytes of the weights. A decode step reads each once; the embedding, for the logits."""
     return sum(x.nbytes for x in jax.tree.leaves(self.weights))
 
   def programs(self, batch: int, prompt: int, new_tokens: int) -> Programs:
@@ -72,8 +74,8 @@ class RandomModel:
       prompt: int. Tokens of each prompt, BOS included.
       new_tokens: int. Tokens to generate, at least 2.
     """
-    # Whole blocks of positions: on a GPU XLA pads caches of other lengths, which copies them, for
-    # attention's products in every step.
+    # Whole blocks of positions: on a GPU, XLA would pad, and so copy, a cache of another length in
+    # every step, for attention's products.
     config, context = self.model.config, -(-(prompt + new_tokens - 1) // _BLOCK) * _BLOCK
     case = CompileCase(
       config, self.kind, 'prefill', batch, context, prompt=prompt, scan_layers=self.weights.stacked
@@ -95,7 +97,7 @@ class RandomModel:
 
 
 class _DecodeLoop:
-  """Decode steps after a prefill. Each call starts from the prompts' end again, in one cache."""
+  """Decode steps after a prefill. Each call starts again after the prompts, in the same cache."""
 
   def __init__(self, owner: RandomModel, steps: int, prefill):
     self._prefill, self._state, self._weights = prefill, None, owner.weights
@@ -139,7 +141,7 @@ def random_weights(model: Model, kind: str, scan_layers: bool) -> Weights:
 
 @functools.cache
 def _maker(name, shape, dtype, d_model, layers, sharding):
-  """Return a jitted function of a key that makes one array, or one of all layers."""
+  """Return a jitted function of a random key that makes an array, of one layer or of all layers."""
   if name.endswith('_scale'):  # of int8 weights, whose standard deviation is 73
     one = lambda key: jnp.full(shape, 1 / (73 * math.sqrt(d_model)), dtype)
   elif name.endswith('norm'):

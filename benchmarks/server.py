@@ -3,12 +3,14 @@
     python -m benchmarks.server                              # beside steps that compute nothing
     python -m benchmarks.server --checkpoint=DIR [--slots=32] [--new_tokens=64]
 
-Run from the root of a checkout. Clients stream answers, in a process of their own. Without a
-checkpoint the figure is the processor time of the server's process for each step of `slots` rows,
-of which each gets a token: HTTP, JSON, metrics and threads, and the stub's own events. A step
-sleeps for 10 ms, as a device would work. With a checkpoint the figures are tokens a second of the
-clients together, without grammars and with, beside one caller of Engine.stream on the same engine;
-they take turns.
+Run from the root of a checkout. Clients stream answers, in a process of their own.
+
+Without a checkpoint, the result is the processor time of the server's process for each step, in
+which each of `slots` rows gets a token: HTTP, JSON, metrics, threads, and the stub's own events. A
+step sleeps for 10 ms, in place of a device's work.
+
+With a checkpoint, the results are the tokens per second of all clients together, with and without
+grammars, beside one caller of Engine.stream on the same engine; these cases run in turns.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from t5x_inference_ext.server.options import ServerOptions
 from t5x_inference_ext.server.request_log import RequestLog
 
 STEP_SECONDS = 0.01
-MAX_LENGTH = 224  # of a prompt and its answer, with a model
+MAX_LENGTH = 224  # tokens of a prompt and its answer, with a model
 
 
 class ServedService:
@@ -51,7 +53,7 @@ class ServedService:
 
 
 def clients(url: str, count: int, new_tokens: int, constrained: int = 0) -> float:
-  """Return the seconds of server_clients, in a process of their own."""
+  """Run server_clients in a process of its own, and return the seconds that it prints."""
   command = [sys.executable, '-m', 'benchmarks.server_clients', url]
   command += map(str, (count, new_tokens, constrained))
   return float(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)

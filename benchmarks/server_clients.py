@@ -2,7 +2,7 @@
 
     python -m benchmarks.server_clients URL CLIENTS NEW_TOKENS CONSTRAINED
 
-benchmarks/server.py starts it; it imports nothing of the package, so that it costs little itself.
+benchmarks/server.py starts this program, which imports nothing of the package, to cost little.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ PROMPT = 'The quick brown fox jumps over the lazy dog. '
 async def post(
   host: str, port: int, body: dict
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-  """Ask for a completion; return the connection, which the server closes after its answer."""
+  """Request a completion; return the connection, which the server closes after its answer."""
   reader, writer = await asyncio.open_connection(host, port)
   data = json.dumps(body).encode()
   writer.write(
@@ -29,7 +29,7 @@ async def post(
 
 
 async def stream_one(host: str, port: int, body: dict) -> float:
-  """Ask for a stream; return the time of its last token."""
+  """Request a stream; return the time of its last token."""
   reader, writer = await post(host, port, body)
   answer = await reader.read()
   writer.close()
@@ -43,8 +43,8 @@ def run_clients(url: str, count: int, new_tokens: int, constrained: int) -> None
   Args:
     url: Address of the server.
     count: Number of clients.
-    new_tokens: Tokens of each.
-    constrained: How many of the clients ask for a text that a regular expression matches.
+    new_tokens: Tokens of each answer.
+    constrained: Number of clients that request a text with a regular expression as grammar.
   """
   host, _, port = url.removeprefix('http://').partition(':')
 

@@ -1,18 +1,18 @@
-"""A server under load: 64 clients of whom some leave, and a burst of long prompts nobody waits for.
+"""A server under load: 64 clients, some of which leave; a burst of prompts that nobody waits for.
 
     python -m benchmarks.server_load --case=mixed [--clients=64] [--seconds=120]
     python -m benchmarks.server_load --case=burst [--clients=200] [--tokens=10000]
 
 Run from the root of a checkout. The clients run in a process of their own (load_clients.py).
 
-`mixed`: each client asks one request after the other, of mixed lengths; a tenth leaves within 0.3
-s. Afterwards every answer is compared with the tokens of Engine.generate, which knows no slots. The
-server's resident memory is read meanwhile.
+`mixed`: each client sends one request after the other, of mixed lengths; a tenth leaves within 0.3
+s. The server's resident memory is read meanwhile. Afterwards every answer is compared with the
+tokens of Engine.generate, which uses no slots.
 
 `burst`: all clients send a long prompt and leave after 0.5 s; then a short request is timed.
 
-The exit code is 1 if an answer differs or is lost, a program was compiled, the books of the
-scheduler are wrong, or a slot or a place in the queue stays taken.
+The exit code is 1 if an answer differs or is lost, a program was compiled, the scheduler's records
+are inconsistent, or a slot or a place in the queue stays taken.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from t5x_inference_ext.server.request_log import RequestLog
 from t5x_inference_ext.server.service import Service
 
 BATCH = 63  # requests that Engine.generate answers together
-FIRST_SHARE = 0.2  # of the time, after which memory should not grow
+FIRST_SHARE = 0.2  # share of the time after which memory should not grow
 
 
 class Memory:
@@ -54,7 +54,7 @@ class Memory:
       self._found.append(resident())
 
   def close(self) -> str:
-    """End the thread; return a line about what was found."""
+    """End the thread; return a line about the memory that was measured."""
     self._stop.set()
     self._thread.join()
     first = self._found[int(len(self._found) * FIRST_SHARE)]
@@ -66,7 +66,7 @@ class Memory:
 
 
 def clients(url: str, case: str, count: int, amount: int) -> list[dict]:
-  """Return what load_clients prints."""
+  """Run load_clients, and return the JSON objects that it prints."""
   command = [sys.executable, '-m', 'benchmarks.load_clients', url, case, str(count), str(amount)]
   out = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
   return [json.loads(line) for line in out.splitlines()]
@@ -87,7 +87,7 @@ def different(engine: Engine, answers: list[dict]) -> int:
 
 def _different_of_batch(engine: Engine, answers: list[dict], size: int) -> int:
   bodies = [each['body'] for each in answers]
-  # Rows of padding, of which one has the largest limit: all batches have one shape.
+  # Add rows, one of them with the largest limit, so that all batches have one shape.
   bodies += [{**bodies[0], 'max_tokens': MOST_NEW}] * (BATCH + 1 - len(bodies))
   found = engine.generate(
     [body['prompt'] for body in bodies],
@@ -128,7 +128,7 @@ def judge_burst(engine: Engine, found: list[dict], args: argparse.Namespace) -> 
 
 
 def left_over(service: Service) -> list[str]:
-  """Return a sentence for each thing that stays taken when nobody asks any more."""
+  """Return a sentence for each resource that stays taken after the last request."""
   scheduler, bounds, end = service.scheduler, service.bounds, time.monotonic() + 60
   while (service.answers or not scheduler.idle) and time.monotonic() < end:
     time.sleep(0.1)

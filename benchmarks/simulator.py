@@ -3,12 +3,12 @@
     python -m benchmarks.simulator [--load=0.3,0.5,0.7] [--prices=prices.json]
 
 Run from the root of a checkout. A small random model serves random requests with the real engine,
-in real time; then the simulator serves equal requests in virtual time, with a measured table of
-what each program takes as its prices. Printed are the latencies of both, and the relative
-differences, at several loads: shares of the requests a second that the simulator says can be
-served at all. The table is measured before and after each real run, as the speed of a machine
-drifts, and both are averaged; nothing is fitted to latencies. --prices writes the last table, for
-`plan --prices`.
+in real time; then the simulator serves equal requests in virtual time. Its prices are a measured
+table of the time that each program takes. The benchmark prints the latencies of both, and the
+relative differences, at several loads. A load is a share of the highest rate of requests that can
+be served, according to the simulator. The table is the average of measurements before and after
+each real run, because the machine's speed drifts; nothing is fitted to latencies. --prices writes
+the last table, for `plan --prices`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ NO_LIMITS = WaitingLimits(10**9, 10**12)
 
 
 def mean_of(before: PricedService, after: PricedService) -> list[PricedProgram]:
-  """The mean of two tables with equal rows."""
+  """Return the mean of two tables with equal rows."""
   return [
     a._replace(seconds=(a.seconds + b.seconds) / 2) for a, b in zip(before.programs, after.programs)
   ]

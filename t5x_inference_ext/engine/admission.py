@@ -20,7 +20,7 @@ class CheckedRequest(NamedTuple):
 
   Attributes:
     request: The request.
-    matchers: A matcher of its grammar for each sample; none without a grammar.
+    matchers: One grammar matcher for each sample; empty if the request has no grammar.
   """
 
   request: Request
@@ -34,7 +34,9 @@ def admitted(
   model: ModelConfig,
   vocabulary: Vocabulary | None,
 ) -> Request:
-  """Check a request; return it with limits lowered to the model's learned positions, if any.
+  """Validate a request; return it with `limit` reduced to what the model's positions allow.
+
+  Only learned position embeddings limit the positions.
 
   Args:
     request: The request.
@@ -64,7 +66,7 @@ def admitted(
       f'{length} tokens, BOS included, and {limit} new ones do not fit into a cache of '
       f'{table.pool.pages - 1} pages of {config.page_size} positions: raise `pages`'
     )
-  slot_row(  # checks the other fields
+  slot_row(  # only for its checks of the other fields
     request.sampling,
     model.vocab_size,
     seed=0,

@@ -35,8 +35,8 @@ def advance(
 ) -> tuple[DecodeState, ChosenTokens]:
   """Choose each row's next token.
 
-  Rows that have ended keep their state; their tokens and log-probabilities are 0. A row whose
-  logits are not finite, or of which every token is forbidden, fails: it ends without a token.
+  Rows that have ended keep their state; their tokens and log-probabilities are 0. A row fails, and
+  ends without a token, if its logits are not finite or if every token is forbidden.
 
   Args:
     rows: Parameters of the rows.
@@ -79,7 +79,7 @@ def advance_greedily(
 def draw_tokens(
   rows: RowParams, state: DecodeState, logits: Float[Array, 'B V'], positions: Int[Array, ' B']
 ) -> Int[Array, ' B']:
-  """Return the tokens [B] that rows would draw from logits, and change no state.
+  """Return the tokens [B] that rows would draw from logits, without changing any state.
 
   Args:
     rows: Parameters of the rows.
@@ -98,11 +98,11 @@ def _advanced(
   history: jax.Array | None,
   model: Model | None,
 ) -> tuple[DecodeState, ChosenTokens]:
-  """Return the state after the chosen tokens (-1: none could be chosen), and these tokens."""
+  """Return the state after the chosen tokens, and the tokens; a row whose token is -1 fails."""
   live, drawn = ~state.ended, chosen.tokens
   if model is not None:
-    # Replicate the tokens, as the next step's embedding needs them. The state that follows from
-    # them is then replicated, too.
+    # Replicate the tokens: the next step's embedding needs all of them on every device. The state
+    # computed from them is then replicated, too.
     drawn = jax.lax.with_sharding_constraint(drawn, NamedSharding(model.mesh, P()))
   tokens, made = jnp.maximum(drawn, 0), drawn >= 0
   counts, recent = state.counts + made, state.recent
@@ -136,7 +136,7 @@ def _choose_tokens(
   positions: jax.Array,
   masks: TokenMasks | None,
 ) -> tuple[ChosenTokens, jax.Array | None]:
-  """Return the chosen tokens (-1: none could be chosen) and the history with them counted.
+  """Return the chosen tokens (-1 in rows that fail), and the history that counts these tokens.
 
   Under shard_map, the arguments are those of the device's own rows.
   """

@@ -20,7 +20,7 @@ def wrong_books(
     tree: Prefix tree, or None.
     rows_wait: Whether rows wait although no request is unfinished.
     rows_decode: Whether rows have slots although no request is unfinished.
-    requests: Numbers of requests that were submitted, that have finished, and that have not.
+    requests: Numbers of submitted, finished and unfinished requests.
     queued: Number of requests that the scheduler has not taken yet.
   """
   wrong = table.check() + (tree.check() if tree is not None else [])

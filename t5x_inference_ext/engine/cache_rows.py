@@ -81,9 +81,10 @@ def insert_row(
     row: Scalar int32. The row of `cache` to fill.
     one: A cache of a single row, with heads as in `cache`. Its length is the position of the row's
       next token.
-    pages: [M] int32. The row's page for each S positions, numbered on the row's device.
+    pages: [M] int32. The page for each S positions of the row, numbered on the row's device.
     first: Scalar int32. Index of the first page of the row to copy; earlier pages are shared.
-    shared_ids: [M] int32, or None. The shared page for each S positions; read within shared_range.
+    shared_ids: [M] int32, or None. The shared page for each S positions of the row; only
+      entries within shared_range are read.
     shared_range: Two scalars int32. Pages [begin, end) of the row to copy into shared pages.
   """
   sharding = model.cache_sharding(cache.lengths.shape[0])

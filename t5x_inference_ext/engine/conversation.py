@@ -1,4 +1,4 @@
-"""A conversation in turns; the prefix cache saves prefilling earlier turns again.
+"""A conversation in turns. The prefix cache avoids prefilling earlier turns again.
 
 chat = engine.chat(max_length=1024)
 for token in chat.reply(turn, max_new_tokens=64):

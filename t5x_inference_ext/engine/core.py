@@ -14,7 +14,7 @@ from t5x_inference_ext.text.vocabulary import Vocabulary
 
 
 class Core:
-  """Makes a scheduler at the first need, and a new one only if the old one is not suitable.
+  """Makes a scheduler on first use, and replaces it only if it can't serve the next requests.
 
   Args:
     model: Decides mesh and layouts.
@@ -28,7 +28,7 @@ class Core:
     self._streams: Streams | None = None
 
   def streams(self, requests: Sequence[Request] = (), **options: Any) -> Streams:
-    """Return the streams of a scheduler that can serve these requests with options of `config_for`.
+    """Return the streams of a scheduler that can serve `requests`; options as for `config_for`.
 
     A replaced scheduler still finishes its requests.
 

@@ -1,4 +1,4 @@
-"""The host's control of the slots on the devices: starts their programs and reads results."""
+"""The host side of decoding: starts the programs that change the slots, and reads their results."""
 
 import collections
 from collections.abc import Iterator, Sequence
@@ -32,8 +32,8 @@ class NewTokens(NamedTuple):
     slot: The slot that the row was in.
     row: The row.
     tokens: New token ids.
-    log_probs: Log-probability of each.
-    top: For each token the most likely tokens, as many as the row's request asks for.
+    log_probs: Log-probability of each token.
+    top: For each token, the most likely tokens at its step: as many as the request asks for.
     failed: Whether the row ended because its logits were not finite.
   """
 
@@ -46,9 +46,9 @@ class NewTokens(NamedTuple):
 
 
 class _Started(NamedTuple):
-  """A started program: the row in each slot, the output arrays to come, and whether it decodes.
+  """A started program: the row in each slot, its output arrays, and whether it runs decode steps.
 
-  `begun` is when it was started, for decode steps whose time tells prices; None for others.
+  `begun` is the start time of decode steps whose duration will be measured; None for others.
   """
 
   rows: dict[int, Row]
@@ -94,12 +94,12 @@ class Decoder:
   def insert(
     self, ready: ReadyRow, slot: int, table: SlotTable, unwritten: Sequence[int]
   ) -> StepsOutput:
-    """Start the insertion of a prefilled row, which also chooses its next token; return its output.
+    """Start to insert a prefilled row and choose its next token; return the program's output.
 
     Args:
       ready: The row, and where its prompt is.
-      slot: Its slot. The table has it already.
-      table: Books of the slots.
+      slot: The row's slot, in which `table` already has the row.
+      table: Table of the slots.
       unwritten: Indices of the row's shared pages that must be written.
     """
     row, request = ready.row, ready.row.handle.request
@@ -134,16 +134,16 @@ class Decoder:
     """Start decode steps for all slots.
 
     Args:
-      table: Table of the slots, in which every row has the pages that it needs.
-      steps: Maximum number of steps; with drafts, the number of tokens of some row at which to
-        stop.
+      table: Table of the slots, in which every row must have the pages that it needs.
+      steps: Maximum number of steps; with drafts, the steps stop once any row has this many new
+        tokens.
       until_free: Whether to stop as soon as a row ends.
-      alone: Whether nothing else was started since the last decode steps, so that their time tells
-        the price of a step.
+      alone: Whether no other program was started since the last decode steps, so that the duration
+        of these steps can be measured.
     """
     begun, reads = time.perf_counter(), self._reads(table)
     timed = alone and reads in self._timed
-    if not timed:  # compiling, or other work, delays also what was started before
+    if not timed:  # compiling or other work also delays the programs started before
       self._started = collections.deque(each._replace(begun=None) for each in self._started)
     output = self._decode(table, steps, until_free, *reads)
     drafts = self._config.most_tokens - self._config.decode_steps
@@ -151,10 +151,10 @@ class Decoder:
     self._timed.add(reads)
 
   def decode_logits(self, table: SlotTable) -> Any:
-    """Start a decode step for all slots, up to its logits [B, V]; return these.
+    """Start a decode step for all slots, up to its logits [B, V]; return the logits.
 
     Args:
-      table: Table of the slots, in which every row has the page that it needs.
+      table: Table of the slots, in which every row must have the page that it needs.
     """
     sizes = self._config.logits_reads(self._executor.shards)
     return self._decode_logits(table, *next(x for x in sizes if x[0] >= table.pool.highest))
@@ -176,7 +176,7 @@ class Decoder:
     return masks_of(matchers, self._vocab_size)
 
   def _reads(self, table: SlotTable) -> tuple[int, int]:
-    """Return how many own pages and how many shared pages the next step must read."""
+    """Return the numbers of own pages and of shared pages that the next step must read."""
     return (
       _least(self._config.reads_of_pages(self._executor.shards), table.pool.highest),
       _least(self._config.shared_reads, table.shared.highest),
@@ -202,11 +202,11 @@ class Decoder:
     )
 
   def warm_up(self, table: SlotTable, done: list[CompiledProgram]) -> None:
-    """Compile all programs by running no steps of them. There must be no rows.
+    """Compile all programs by running each with zero steps. No slot may hold a row.
 
     Args:
-      table: Books of the slots.
-      done: Gets the programs.
+      table: Table of the slots.
+      done: List to which the programs are appended.
     """
     assert not table.busy and not self._started
     ready = ReadyRow(0, Prompt((0,), []), Row(Handle(0, Request((0,))), 0, (), None))
@@ -240,7 +240,7 @@ class Decoder:
     """Wait for started programs, and yield the tokens of each row that got some or ended.
 
     Args:
-      leave: Number of latest programs not to wait for.
+      leave: Number of most recently started programs not to wait for.
     """
     while len(self._started) > leave:
       started = self._started.popleft()
@@ -258,7 +258,7 @@ class Decoder:
         yield NewTokens(slot, row, tokens[at][:count], log_probs[at][:count], top, failed[at])
 
   def _count(self, started: _Started, output: StepsOutput) -> None:
-    """Count the work of decode steps, and learn the prices of steps from their time."""
+    """Count the work of decode steps, and update the prices of steps from their duration."""
     generated, steps = int(output.counts.sum()), int(output.counts.max())
     self.generated += generated
     work = output.work
@@ -279,7 +279,7 @@ def _least(sizes: Sequence[int], needed: int) -> int:
 
 
 def _most_likely(chosen: ChosenTokens, row: int, count: int, top: int) -> list[TopLogProbs]:
-  """Return pairs (id, log-probability) of the `top` most likely tokens at a row's `count` steps."""
+  """Return the `top` most likely tokens at each of a row's `count` steps: (id, log-probability)."""
   ids = chosen.top_tokens[:count, row, :top].tolist()
   log_probs = chosen.top_log_probs[:count, row, :top].tolist()
   return [list(zip(*step)) for step in zip(ids, log_probs)]

@@ -1,8 +1,7 @@
-"""The choice of rows' tokens from the logits after drafts: as many as the draft had right, and one.
+"""Acceptance of drafts: each row gets the tokens that its draft had right, and one more.
 
-A row's tokens are chosen one after the other, with everything that a plain decode step does, so
-penalties, ends and limits see the tokens before. The next one is chosen while the last one equals
-the draft's.
+A row's tokens are chosen one at a time, exactly as in plain decode steps, so that penalties, ends
+and limits see all earlier tokens. Another token is chosen while the last one equals the draft's.
 """
 
 import dataclasses
@@ -24,7 +23,7 @@ class CheckedDrafts(NamedTuple):
     logits: [B, K + 1, V] float32. Logits after the last token and each token of the draft.
     drafts: [B, K] int32. The drafts; -1 where a token is not known.
     counts: [B] int32. Number of tokens of each row's draft.
-    width: Scalar int32. Number of tokens of drafts that the model has run.
+    width: Scalar int32. Number of tokens of each draft that the model has run.
     lengths: [B] int32. Index of each row's last token.
   """
 
@@ -39,10 +38,10 @@ class DraftChoice(NamedTuple):
   """State of the choice of one step's tokens.
 
   Attributes:
-    step: Scalar int32. Number of tokens that rows may have got in this step so far.
+    step: Scalar int32. Number of tokens chosen so far in this step, in rows that go on.
     going: [B] bool. Whether the row gets another token.
     state: State of the rows.
-    drafting: Tokens of the rows.
+    drafting: Drafting state, with the rows' new tokens.
     out: Tokens of each row since the program began, [N, B].
     accepted: [B] int32. Number of tokens of the draft that were right.
     checked: [B] int32. Number of tokens of the draft that were compared.
@@ -65,14 +64,14 @@ def choose_checked(
   out: ChosenTokens,
   checked: CheckedDrafts,
 ) -> DraftChoice:
-  """Choose each row's tokens, as long as they equal its draft.
+  """Choose each row's tokens, up to the first one that differs from its draft.
 
   Args:
     rows: Parameters of the rows.
     before: State before the first step of the program.
     state: State before this step.
     drafting: Tokens of the rows.
-    out: Tokens of each row since the program began; the new ones are added.
+    out: Tokens of each row since the program began; new tokens are added to them.
     checked: Drafts and logits.
   """
   logits, drafts, counts, width, lengths = checked
@@ -92,7 +91,7 @@ def choose_checked(
     place = jnp.where(made, was.counts - before.counts, len(choice.out.tokens))
     index = jnp.minimum(step, drafts.shape[1] - 1)
     drafted = lax.dynamic_index_in_dim(drafts, index, 1, keepdims=False)
-    # A step without drafts tells, too, whether the first token of one would have been right.
+    # A step that checks no drafts also shows whether a draft's first token would be right.
     known = made & (drafted >= 0) & (step < jnp.minimum(counts, jnp.maximum(width, 1)))
     right = known & (chosen.tokens == drafted)
     return DraftChoice(

@@ -1,8 +1,8 @@
-"""Drafts that a second, smaller model draws, with the noise that the rows' own draws have.
+"""Drafts that a second, smaller model samples, with the noise that the rows' own sampling uses.
 
-A draw is the token with the largest logit + noise, and the noise depends on the row's seed, the
-position and the token alone. So the smaller model guesses the row's sample, not only its most
-likely token.
+A sample is the token with the largest logit + noise. The noise depends only on the row's seed, the
+position and the token. With equal noise, the smaller model can predict the token that the row will
+sample, not only its most likely token.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.layout import check_model
 
-# Tokens of a row in a pass that reads what the row has and the cache of the draft model lacks.
+# Tokens of each row in a pass that fills gaps of the draft model's cache from the row's tokens.
 CATCH_UP_TOKENS = 32
 
 
@@ -33,15 +33,15 @@ CATCH_UP_TOKENS = 32
 class DraftModel:
   """Drafts with a second model, whose cache is kept in step with the rows' tokens.
 
-  A row's own state is its part of the draft model's cache; what it lacks is read from the row's
-  tokens before a draft is made.
+  The drafter's own state is the draft model's cache. Before a draft is made, the tokens of a row
+  that the cache lacks are run through the draft model.
 
   Attributes:
     model: The draft model, on the mesh of the model that it drafts for.
-    most: K, the most tokens of a draft.
+    most: K, the maximum number of tokens of a draft.
     expected: See drafting.Drafter.
-    shared_noise: Whether drafts have the noise of the rows' own draws; without it, a draft is of
-      the most likely tokens.
+    shared_noise: Whether drafts are sampled with the noise of the rows' own sampling; without it, a
+      draft consists of the most likely tokens.
   """
 
   model: Model
@@ -50,7 +50,7 @@ class DraftModel:
   shared_noise: bool = True
 
   def start(self, weights: Weights, rows: int, size: int) -> KVCache:
-    """Return an empty cache with room for rows of `size` tokens, and a chunk at least."""
+    """Return an empty cache of `size` positions a row, or CATCH_UP_TOKENS if that is more."""
     return empty_cache(self.model, weights, rows, max(size, CATCH_UP_TOKENS))
 
   def enter(self, own: KVCache, slot: jax.Array) -> KVCache:
@@ -63,7 +63,7 @@ class DraftModel:
     return constrain_cache(self.model, own, weights)
 
   def outlook(self, tokens: Int[Array, 'B S'], last: Int[Array, ' B']) -> Outlook:
-    """Return that every row can have a draft, whose tokens are not known before it is made."""
+    """Return an Outlook in which every row can get a draft, of tokens that are not known yet."""
     nothing = jnp.zeros_like(last)
     return Outlook(nothing + self.most, nothing, nothing, nothing - 1)
 
@@ -73,7 +73,7 @@ class DraftModel:
     """Return the cache, and the tokens that the draft model draws. See drafting.Drafter."""
     weights, last, live = inputs.weights, inputs.last, ~inputs.state.ended
     own = inputs.drafting.own
-    # Of what the last draft left in the cache, the row's own tokens stay.
+    # Drop the last draft's rejected tokens from the cache.
     own = dataclasses.replace(own, lengths=jnp.minimum(own.lengths, last))
 
     def behind(cache: KVCache) -> jax.Array:
@@ -85,7 +85,7 @@ class DraftModel:
       return self.model.prefill_chunk(weights, cache, tokens, counts)[1]
 
     own = lax.while_loop(behind, catch_up, own)
-    # The last token, and the one before it where a whole draft was accepted.
+    # Run the last token, and the one before it too if the whole last draft was accepted.
     counts = jnp.where(live, last + 1 - own.lengths, 0)
     tokens = _next_tokens(inputs.drafting.tokens, own.lengths, 2)
     logits, own = self.model.prefill_chunk(weights, own, tokens, counts)
@@ -96,9 +96,9 @@ class DraftModel:
     return own, jnp.stack(found, axis=1)
 
   def _draw(self, inputs: DraftInputs, logits: Float[Array, 'B V'], step: int) -> Int[Array, ' B']:
-    """Return each row's token after `step` others of its draft.
+    """Return token number `step` (from 0) of each row's draft.
 
-    Penalties see the tokens before the draft, which is a guess only.
+    Penalties ignore the draft's own earlier tokens: the draft is only a guess.
     """
     if not self.shared_noise:
       return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -106,7 +106,7 @@ class DraftModel:
 
 
 def _next_tokens(tokens: jax.Array, lengths: jax.Array, count: int) -> jax.Array:
-  """Return the `count` tokens [B, count] of each row after its first `lengths`."""
+  """Return [B, count]: the tokens of each row that follow its first `lengths` tokens."""
   at = lengths[:, None] + jnp.arange(count)[None, :]
   return jnp.take_along_axis(tokens, jnp.minimum(at, tokens.shape[1] - 1), axis=1)
 
@@ -116,12 +116,12 @@ def open_draft_model(path: str, config: ModelConfig, mesh: Mesh) -> Checkpoint:
 
   Args:
     path: A checkpoint of any format.
-    config: The model that it drafts for.
-    mesh: The mesh of both.
+    config: The model that gets the drafts.
+    mesh: The mesh of both models.
 
   Raises:
     UserError: The checkpoint can't be read, its vocabulary has another size, or the mesh does not
-      divide it.
+      divide the draft model.
   """
   checkpoint = open_checkpoint(path)
   if checkpoint.config.vocab_size != config.vocab_size:
@@ -134,12 +134,12 @@ def open_draft_model(path: str, config: ModelConfig, mesh: Mesh) -> Checkpoint:
 
 
 def load_draft_model(path: str, most: int, model: Model) -> tuple[DraftModel, Weights]:
-  """Load a draft model onto the mesh of a model, in its layouts and dtypes.
+  """Load a draft model onto the mesh of `model`, with the layouts and dtypes of `model`.
 
   Args:
     path: A checkpoint of any format.
     most: Maximum number of tokens of a draft.
-    model: The model that it drafts for.
+    model: The model that gets the drafts.
 
   Raises:
     UserError: See open_draft_model; or a tensor is damaged.

@@ -1,8 +1,7 @@
-"""Drafts of the tokens that rows may get next, on the devices, and how well earlier ones fared.
+"""Drafts of the tokens that rows may get next, on the devices, and counts of accepted tokens.
 
-A row's tokens are a function of its seed and their positions, so a draft is right exactly where it
-equals the tokens that the row gets anyway. engine/speculative_steps.py checks drafts; a kind of
-draft is a Drafter.
+Drafts do not change a row's tokens: a draft token is accepted only if it equals the token that the
+row would get without drafts. engine/speculative_steps.py checks drafts; a Drafter makes them.
 """
 
 import dataclasses
@@ -18,27 +17,27 @@ from jaxtyping import Array, Bool, Float, Int
 from t5x_inference_ext.engine.state import DecodeState, RowParams
 from t5x_inference_ext.model.transformer import Model
 
-# Weight of what is usual, in draft tokens, when a row begins; and of what was seen of the row, and
-# of all rows, after each step that saw more.
+# A new row starts with the usual acceptance rate, as if this many draft tokens had been checked.
 USUAL_TOKENS = 4.0
+# Factors on the counts of a row, and of all rows, in each step that adds to them.
 DECAY, USUAL_DECAY = 0.9, 0.98
-# How far, in each step, what was seen of a row returns to what is usual where nothing more is seen.
+# In a step that adds nothing to a row's counts, they move towards the usual ones by this share.
 RETURN = 0.005
-# A row may accept everything for a while, but not forever.
+# Highest acceptance rate to expect: a row may accept everything for a while, but not forever.
 HIGHEST_RATE = 0.98
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DraftState:
-  """What drafts for B rows are made from.
+  """The data from which drafts for B rows are made.
 
   Attributes:
-    tokens: [B, S] int32. Each row's tokens: prompt and new ones, the last one too.
-    seen: [B, G, 2] float32. For drafts of each grade, the accepted tokens and the checked ones.
-      Older steps weigh less.
-    usual: [G, 2] float32. The same of all rows, those that have left, too.
-    own: State of the drafter's own, such as the cache of a model; None if it has none.
+    tokens: [B, S] int32. Each row's prompt and new tokens, including the last one.
+    seen: [B, G, 2] float32. For each of G grades of drafts, the numbers of accepted tokens and of
+      checked tokens. Older steps weigh less.
+    usual: [G, 2] float32. Like `seen`, but over all rows, including those that have left.
+    own: The drafter's own state, such as a draft model's cache; None if it has none.
   """
 
   tokens: jax.Array
@@ -51,9 +50,10 @@ class Outlook(NamedTuple):
   """The drafts that B rows could get now.
 
   Attributes:
-    counts: [B] int32. Number of tokens of the draft; 0 for none.
-    grades: [B] int32. The kind of draft, among those of which acceptance differs.
-    sources: [B] int32. Where the drafter found the draft.
+    counts: [B] int32. Number of tokens of the draft; 0 if the row gets none.
+    grades: [B] int32. Grade of the draft, 0 to G - 1: acceptance is counted for each grade.
+    sources: [B] int32. Values that `outlook` passes to `draft`, such as the position in the row
+      after which the draft is copied.
     first: [B] int32. The first token of the draft; -1 if it is not known before it is made.
   """
 
@@ -64,7 +64,7 @@ class Outlook(NamedTuple):
 
 
 class DraftInputs(NamedTuple):
-  """What a drafter may look at.
+  """The inputs of Drafter.draft.
 
   Attributes:
     weights: Weights of the drafter; None if it has none.
@@ -82,27 +82,27 @@ class DraftInputs(NamedTuple):
 
 
 class Drafter(Protocol):
-  """Makes drafts. It is hashable: each drafter has programs of its own."""
+  """Makes drafts. A drafter is hashable: each one gets compiled programs of its own."""
 
   @property
   def most(self) -> int:
-    """K, the most tokens of a draft."""
+    """K, the maximum number of tokens of a draft."""
 
   @property
   def expected(self) -> tuple[float, ...]:
-    """Expected acceptance of a token of each grade's drafts, before any was checked."""
+    """For each grade, the acceptance rate to expect before any draft token was checked."""
 
   def start(self, weights: Any, rows: int, size: int) -> Any:
     """Return the drafter's own state for `rows` rows of up to `size` tokens, or None."""
 
   def enter(self, own: Any, slot: jax.Array) -> Any:
-    """Return the own state with the row in a slot replaced by one of which nothing is known."""
+    """Return the own state with the row of a slot reset, before a new row enters the slot."""
 
   def placed(self, own: Any, weights: Any) -> Any:
     """Return the own state, constrained to the shardings that it has in all programs."""
 
   def outlook(self, tokens: Int[Array, 'B S'], last: Int[Array, ' B']) -> Outlook:
-    """Return which drafts could be made; cheap, as it is called in every step.
+    """Return which drafts could be made. Must be cheap: every step calls it.
 
     Args:
       tokens: [B, S] int32. The rows' tokens.
@@ -112,7 +112,7 @@ class Drafter(Protocol):
   def draft(
     self, inputs: DraftInputs, outlook: Outlook, width: int
   ) -> tuple[Any, Int[Array, 'B K']]:
-    """Return the own state, and the first `width` tokens of each row's draft, [B, width] int32."""
+    """Return the new own state, and the first `width` tokens of each draft, [B, width] int32."""
 
 
 def empty_drafting(drafter: Drafter, weights: Any, rows: int, size: int) -> DraftState:
@@ -122,7 +122,7 @@ def empty_drafting(drafter: Drafter, weights: Any, rows: int, size: int) -> Draf
     drafter: Makes the drafts.
     weights: Weights of the drafter, or None.
     rows: B.
-    size: S, the most tokens of a row.
+    size: S, the maximum number of tokens of a row.
   """
   tokens = jnp.zeros((rows, size), jnp.int32)
   expected: Any = jnp.asarray(drafter.expected, jnp.float32)
@@ -139,12 +139,12 @@ def enter_drafting(
   length: jax.Array,
   token: Int[Array, '1'],
 ) -> DraftState:
-  """Replace the row in a slot.
+  """Replace the row in a slot by a new row.
 
   Args:
     drafter: Makes the drafts.
     drafting: State of the rows.
-    slot: Scalar int32. Number of the row.
+    slot: Scalar int32. Index of the slot.
     prompt: [1, T] int32. The row's tokens so far, right-padded; T at most S.
     length: Scalar int32. Number of valid tokens in `prompt`.
     token: [1] int32. The row's next token.
@@ -198,9 +198,9 @@ def note_acceptance(
   accepted: Int[Array, ' B'],
   checked: Int[Array, ' B'],
 ) -> DraftState:
-  """Count the accepted and the checked tokens of each row's draft.
+  """Add the accepted and the checked tokens of each row's draft to the counts.
 
-  A row's grades of which nothing was checked return slowly to what is usual.
+  Counts of a row and grade for which nothing was checked move slowly towards the usual ones.
   """
   mine = jnp.arange(drafting.seen.shape[1])[None, :] == grades[:, None]
   mine &= (checked > 0)[:, None]
@@ -216,7 +216,7 @@ def note_acceptance(
 
 
 def expected_tokens(drafting: DraftState, outlook: Outlook, width: int) -> Float[Array, ' B']:
-  """Return the tokens that each row may expect of a step that checks `width` of its draft."""
+  """Return each row's expected number of new tokens in a step that checks `width` draft tokens."""
   mine = jnp.take_along_axis(drafting.seen, outlook.grades[:, None, None], axis=1)[:, 0]
   rate = jnp.minimum(mine[:, 0] / mine[:, 1], HIGHEST_RATE)
   power, total = jnp.ones_like(rate), jnp.ones_like(rate)
@@ -227,5 +227,5 @@ def expected_tokens(drafting: DraftState, outlook: Outlook, width: int) -> Float
 
 
 def _as_usual(drafting: DraftState) -> jax.Array:
-  """Return [G, 2]: what counts as seen of a row of which no draft was checked."""
+  """Return [G, 2]: the counts with which a new row starts; see DraftState.seen."""
   return drafting.usual / drafting.usual[:, 1:] * USUAL_TOKENS

@@ -79,10 +79,10 @@ class Engine(Scorer):
       decode_layout: Layout of decode steps.
       scan_layers: Whether one array holds all layers and the program loops over them; None: a
         loop for more than 8 layers on CPU, never on accelerators.
-      executable: File of a generation that precompile saved for this model, mesh and these
-        versions. It serves only what it was compiled for. Loading runs code: use your own files.
+      executable: File of a generation that precompile saved for this model, mesh and installation.
+        It serves only what it was compiled for. Loading it runs code: use your own files.
       progress: Wraps the list of tensors that are loaded, e.g. tqdm.
-      **conventions: Arguments of open_checkpoint: properties that T5X weights do not show.
+      **conventions: Arguments of open_checkpoint: properties that can't be read from T5X weights.
 
     Raises:
       UserError: A checkpoint, mesh, layout, executable or option that does not fit (errors.py lists
@@ -182,9 +182,9 @@ class Engine(Scorer):
   ) -> Stream:
     """Continue prompts with continuous batching; return each row's new tokens as they are made.
 
-    The tokens equal those of `generate`. The engine's scheduler serves them together with requests
-    of other threads; it is kept for later calls, with its compiled programs and prefix cache. The
-    stream can be iterated with `for` and with `async for`; closing it ends the rows.
+    The tokens equal those of `generate`. The engine's scheduler serves the prompts together with
+    requests of other threads, and is kept for later calls with its programs and prefix cache.
+    Iterate over the stream with `for` or `async for`; closing it ends the rows.
 
     Args:
       prompts: See `generate`. Events of texts carry text.
@@ -193,13 +193,13 @@ class Engine(Scorer):
       seeds: See `generate`. The i-th sample of a prompt has the seed (prompt's seed + i) % 2**32.
       samples: Number of samples of each prompt.
       eos_id: See `generate`.
-      stop: Texts that end a row. They are cut from its text.
+      stop: Texts that end a row. The row's text does not include them.
       top_log_probs: Number of most likely tokens to return with each token.
       salt: Only prompts with equal salts share cached prefixes.
-      grammar: The language that each row's new text must be in; None: any.
+      grammar: Grammar that each row's new text must satisfy; None: any text is allowed.
       **options: Options of engine.scheduler_config.config_for: slots, max_length, pages,
-        prefill_chunk, prefill_rows, prefill_budget, decode_steps, share, speculate. With other
-        options than the last call's, or longer rows, a new scheduler is made.
+        prefill_chunk, prefill_rows, prefill_budget, decode_steps, share, speculate. A call with
+        other options than the last call, or with longer rows, makes a new scheduler.
 
     Raises:
       RequestError: Arguments that `generate` refuses, or an option out of its range; before
@@ -244,7 +244,7 @@ class Engine(Scorer):
 
   @functools.cached_property
   def weights_identity(self) -> WeightsIdentity:
-    """The identity of the checkpoint's weights."""
+    """SHA-256 that identifies the checkpoint's weights, whatever its path; see WeightsIdentity."""
     return weights_identity(self.checkpoint)
 
   def requests(
@@ -273,7 +273,7 @@ class Engine(Scorer):
   def chat(
     self, *, max_length: int, eos_id: int | Sequence[int] | None = None, **options: Any
   ) -> Conversation:
-    """Begin a conversation. The engine's scheduler keeps its turns in the prefix cache.
+    """Begin a conversation. The scheduler keeps the conversation's turns in the prefix cache.
 
     Args:
       max_length: Maximum number of tokens of the whole conversation.

@@ -1,4 +1,4 @@
-"""Executors, which run a scheduler's programs: the seam between the host's work and the devices.
+"""Executors, which run a scheduler's programs: the boundary between host and devices.
 
 Everything above an executor is host work. DeviceExecutor runs the programs of engine/programs.py;
 simulator/executor.py has one that only counts the time that they would take.
@@ -25,14 +25,14 @@ from t5x_inference_ext.model.weights import Weights
 
 
 class Executor(Protocol):
-  """Holds the prompts, the slots and the prefix store of a scheduler, and runs what changes them.
+  """Holds the prompts, slots and prefix store of a scheduler; runs the programs that change them.
 
   Methods start work and may return before it is done; work is done in the order of the calls.
 
   Attributes:
     shards: Number of shards that split the rows of the slots' cache.
-    blocks: Blocks that the prefix store has room for.
-    block_bytes: Bytes of such a block on each device.
+    blocks: Number of blocks that the prefix store has room for.
+    block_bytes: Bytes of one block on each device.
   """
 
   shards: int
@@ -40,9 +40,9 @@ class Executor(Protocol):
   block_bytes: int
 
   def start_prefill(self, copies: BlockCopies | None) -> None:
-    """Reset the prompts for a new group, which begins with copies of blocks of the prefix store.
+    """Reset the prompts for a new group, and copy cached blocks to the beginnings of its prompts.
 
-    See prefix_store.start_with_blocks. Without a store there are no copies, None.
+    See prefix_store.start_with_blocks. `copies` is None if there is no prefix store.
     """
 
   def prefill_chunk(self, tokens: np.ndarray, counts: np.ndarray, read: int) -> None:
@@ -92,7 +92,7 @@ class Executor(Protocol):
     """Wait until all work that was started is done."""
 
   def settle(self) -> None:
-    """Wait likewise, if prefill must not run beside decode steps here."""
+    """Wait like `wait`, but only if prefill must not run beside decode steps on this device."""
 
 
 class DeviceExecutor:
@@ -110,8 +110,8 @@ class DeviceExecutor:
   def __init__(self, model: Model, weights: Weights, config: SchedulerConfig) -> None:
     self._model, self._weights, self._config = model, weights, config
     self.shards = page_shards(model, config.slots)
-    # XLA:CPU runs collectives of many devices on few threads: those of two programs that do not
-    # wait for each other can block each other forever.
+    # XLA:CPU runs collectives of many devices on few threads. If two programs run at the same time,
+    # their collectives can block each other forever.
     self._one_at_a_time = model.mesh.size > 1 and model.mesh.devices.flat[0].platform == 'cpu'
     self.blocks = self.block_bytes = 0
     self._store: Any = None
@@ -138,7 +138,7 @@ class DeviceExecutor:
     )
 
   def start_prefill(self, copies: BlockCopies | None) -> None:
-    """Reset the prompts for a new group, which begins with copies of blocks of the prefix store."""
+    """Reset the prompts for a new group, and copy cached blocks to their beginnings."""
     if copies is None:
       self._prompts = programs.start_prefill(self._model, self._prompts, self._weights)
     else:
@@ -233,13 +233,13 @@ class DeviceExecutor:
     jax.block_until_ready((self._prompts, self._slots, self._store))
 
   def settle(self) -> None:
-    """Wait likewise, if prefill must not run beside decode steps here."""
+    """Wait like `wait`, but only if prefill must not run beside decode steps on this device."""
     if self._one_at_a_time:
       self.wait()
 
 
 def _on_its_way(output: StepsOutput) -> StepsOutput:
-  """Begin to copy an output to the host, so that reading it later waits less; return it."""
+  """Start to copy an output to the host, so that a later read waits less; return the output."""
   for array in jax.tree.leaves(output):
     if isinstance(array, jax.Array):
       array.copy_to_host_async()

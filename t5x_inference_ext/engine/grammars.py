@@ -30,11 +30,11 @@ class GrammarMatcher:
   """Follows one row's tokens through its grammar.
 
   Args:
-    matcher: An llguidance.LLMatcher used for this row only, because its limits count all its uses.
+    matcher: An llguidance.LLMatcher used for this row only: its limits count every use.
     vocab_size: V.
 
   Attributes:
-    error: Why no further token can be chosen; None while one can be.
+    error: The reason why no further token can be chosen; None while one can.
     exhausted: Whether the tokens so far satisfy the grammar, no token of the vocabulary can follow,
       and the row has no end token.
   """
@@ -60,7 +60,7 @@ class GrammarMatcher:
       self._fail()
 
   def fill(self, masks: np.ndarray, row: int, end_ids: Sequence[int]) -> None:
-    """Write the mask of tokens that may come next; after an error, of no token.
+    """Write the mask of the tokens that may come next. After an error, it allows no token.
 
     Args:
       masks: [B, W] uint32, as in TokenMasks, with W from `mask_words`.
@@ -97,7 +97,7 @@ def _set_bit(mask: np.ndarray, token: int, value: bool) -> None:
 
 
 def mask_words(vocab_size: int) -> int:
-  """Return W, the words of a mask for V tokens and the library's own end token, which is last."""
+  """Return W, the 32-bit words of a mask: V tokens, and last the library's own end token."""
   return vocab_size // 32 + 1
 
 
@@ -149,7 +149,7 @@ class Grammars:
     return self.compiled(grammar, samples)
 
   def compiled(self, grammar: Grammar, samples: int) -> list[GrammarMatcher]:
-    """Return a matcher for each sample of a grammar that was already checked, here or elsewhere."""
+    """Return a matcher for each sample of a grammar that this or another process has checked."""
     return [
       GrammarMatcher(compile_grammar(grammar, self._tokenizer), self._vocab_size)
       for _ in range(samples)
@@ -173,7 +173,7 @@ class Grammars:
         self._checked.popitem(last=False)
 
   def warm_up(self) -> None:
-    """If grammars can be used, do the setup now that the first grammar would wait for."""
+    """If grammars can be used, do now the setup that would delay the first grammar."""
     if self.available:
       self.matchers(Grammar('json_object'), 1)
 

@@ -1,7 +1,7 @@
 """Requests and cancellations on their way to the scheduler, from any thread.
 
-With several processes, only process 0 accepts requests. The others get them, step by step, through
-jax's coordination service: on the host, so that no device waits for it.
+With several processes, only process 0 accepts requests. In each step the other processes get them
+through jax's coordination service, which runs on the hosts, so that no device waits.
 """
 
 from collections.abc import Sequence
@@ -37,15 +37,16 @@ class Inbox:
   """
 
   def __init__(self) -> None:
-    # Reentrant: a stream that is dropped while a request is queued cancels in the same thread.
+    # Reentrant: while a thread queues a request, garbage collection in it may drop a stream, which
+    # then cancels its requests in the same thread.
     self._lock = threading.RLock()
     self._commands: list[Command] = []
-    self._handles: dict[int, Handle] = {}  # of submissions not yet taken
+    self._handles: dict[int, Handle] = {}  # handles of submissions that were not taken yet
     self.submitted = 0
     self.closed = False
 
   def submit(self, request: Request, matchers: Sequence[GrammarMatcher] = ()) -> Handle:
-    """Queue a request and return its handle, which gets the grammar matchers `matchers`."""
+    """Queue a request; return its handle, which keeps the grammar matchers `matchers`."""
     with self._lock:
       handle = Handle(self.submitted, request, matchers)
       self.submitted += 1
@@ -112,6 +113,6 @@ class SharedInbox(Inbox):
     message = self._messages.next(make)
     if distributed.is_main():
       return mine, more
-    self.closed, more, commands = pickle.loads(message)  # from process 0 of this very run
+    self.closed, more, commands = pickle.loads(message)  # trusted: from process 0 of this run
     self.submitted += sum(command.request is not None for command in commands)
     return [(c, Handle(c.number, c.request) if c.request else None) for c in commands], more

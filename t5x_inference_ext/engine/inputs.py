@@ -32,8 +32,8 @@ def model_inputs(
     bos_id: Token in front of each prompt; None if the model has no BOS.
 
   Returns:
-    Tokens [B, size + 1] int32: BOS, the prompt, then padding. Lengths [B] int32, BOS included. The
-    shapes are equal for a model without BOS, so that saved programs serve both.
+    Tokens [B, size + 1] int32: BOS, the prompt, then padding. Lengths [B] int32, BOS included.
+    Without BOS the shapes are the same, so that saved programs serve both kinds of models.
 
   Raises:
     RequestError: A prompt has no token and there is no BOS.
@@ -74,7 +74,7 @@ def check_positions(what: str, tokens: int, config: ModelConfig) -> None:
 
 
 def room(limit: int, tokens: int, config: ModelConfig) -> int:
-  """Return the most new tokens of a row: `limit`, or fewer where learned positions end.
+  """Return the maximum number of new tokens: `limit`, or fewer where learned positions end.
 
   Args:
     limit: Maximum number of new tokens that is requested.
@@ -90,7 +90,7 @@ def end_ids_of(eos_id: int | Sequence[int]) -> tuple[int, ...]:
   """Return the ids that end rows as a tuple, given one id or several; negative ids are dropped.
 
   Raises:
-    RequestError: An id is not a whole number, -1 or more.
+    RequestError: An id is not a whole number of at least -1.
   """
   ids = plain(eos_id)
   ids = ids if isinstance(ids, list) else [ids]
@@ -127,7 +127,7 @@ def for_each(prompts: Sequence[Sequence[int]], what: str, value: Any) -> list:
   """Return one value for each prompt: `value` itself, or the values of an iterable.
 
   Raises:
-    RequestError: The iterable has another length. `what` names its items in the message.
+    RequestError: The iterable is not as long as `prompts`. The message calls its items `what`.
   """
   value = plain(value)
   values = value if isinstance(value, list) else [value] * len(prompts)

@@ -1,4 +1,4 @@
-"""Drafts from a row's own tokens: what followed the longest match of its last tokens."""
+"""Drafts copied from a row's own tokens: those after the longest match of its last tokens."""
 
 import dataclasses
 
@@ -11,17 +11,17 @@ from t5x_inference_ext.engine.drafting import DraftInputs, Outlook
 
 @dataclasses.dataclass(frozen=True)
 class NgramDrafter:
-  """Drafts what followed the last tokens of a row where they stood before, in prompt or output.
+  """Copies the tokens that followed an earlier occurrence of a row's last tokens.
 
-  Among earlier places, the one where most tokens before it match is taken, and of several the
-  latest. If fewer tokens follow than the draft may have, they are repeated, as in a text that
-  repeats itself.
+  The earlier occurrence may be in the prompt or the output. The longest match is used; among
+  equally long ones, the latest. If fewer tokens follow it than the draft may have, these tokens are
+  repeated, as in a text that repeats itself.
 
   Attributes:
-    most: K, the most tokens of a draft.
-    longest: Number of tokens up to which longer matches are preferred.
-    expected: See drafting.Drafter. A draft's grade is the length of its match, 1 to
-      len(expected), less 1.
+    most: K, the maximum number of tokens of a draft.
+    longest: Maximum number of tokens of a match.
+    expected: See drafting.Drafter. A draft's grade is the length of its match minus 1, at most
+      len(expected) - 1.
   """
 
   most: int
@@ -32,14 +32,14 @@ class NgramDrafter:
     """Return the drafts that could be made. See drafting.Drafter."""
     size = tokens.shape[1]
     at = jnp.arange(size)[None, :]
-    equal = at < last[:, None]  # whether the tokens up to this one match the last ones
+    equal = at < last[:, None]  # whether the tokens up to here match the row's last ones
     matched = jnp.zeros(tokens.shape, jnp.int32)
     for back in range(min(self.longest, size)):
       index = jnp.maximum(last - back, 0)[:, None]
       wanted = jnp.take_along_axis(tokens, index, axis=1)
       equal &= (at >= back) & (jnp.roll(tokens, back, axis=1) == wanted)
       matched += equal
-    # The longest match, and the latest of those.
+    # The longest match; among equally long ones, the latest.
     best = jnp.max(matched * size + at, axis=1)
     length, place = best // size, best % size
     follows = jnp.take_along_axis(tokens, jnp.minimum(place + 1, size - 1)[:, None], axis=1)[:, 0]

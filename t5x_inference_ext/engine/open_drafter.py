@@ -1,4 +1,4 @@
-"""Opening of what makes drafts: nothing for n-grams, a checkpoint for a draft model."""
+"""Construction of drafters: of n-grams, or of a draft model with its checkpoint."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from t5x_inference_ext.model.transformer import Model
 
 
 def open_drafter(speculation: Speculation | None, model: Model) -> tuple[Drafter | None, Any]:
-  """Return what makes drafts, and its weights on the mesh; None for what there is not.
+  """Return a drafter and its weights on the mesh; None for a missing drafter or weights.
 
   Args:
-    speculation: Which drafts; None: none.
+    speculation: The kind of drafts; None: no drafts.
     model: The model that the drafts are for.
 
   Raises:

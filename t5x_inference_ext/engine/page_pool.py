@@ -1,4 +1,4 @@
-"""Page allocation of the paged cache, on the host: which pages are free, and which row has which.
+"""Page allocation of the paged cache, on the host: free pages, and the pages of each row.
 
 model/pages.py holds the device functions that read and write the pages. Rows are split over shards;
 a row's pages are on its own shard and are numbered within it. Page 0 of each shard belongs to no
@@ -34,7 +34,7 @@ class PagePool:
     self.table = np.zeros((rows, width), np.int32)
     self.owners = np.zeros(shards * pages, np.int32)
     self.starts = np.full(shards * pages, UNUSED, np.int32)
-    self._free = [list(range(1, pages)) for _ in range(shards)]  # heaps
+    self._free = [list(range(1, pages)) for _ in range(shards)]  # a heap for each shard
     self._first = [0] * rows  # index of the row's first own page; those before it are shared
     self._ends = [0] * rows  # the page index after a row's last page
 

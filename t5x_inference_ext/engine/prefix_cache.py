@@ -36,7 +36,7 @@ class PrefixCache:
     )
 
   def match(self, tokens: Sequence[int], salt: Hashable) -> list[Node]:
-    """Return the nodes of a prompt's cached prefix. They must be started before the next `save`."""
+    """Return the nodes of a prompt's cached prefix. Pass them to `start` before the next `save`."""
     return self.tree.match(tokens, salt)
 
   def start(self, paths: Sequence[Sequence[Node]]) -> None:
@@ -52,7 +52,7 @@ class PrefixCache:
     """Store the whole blocks of prefilled prompts that are not stored yet, as many as fit.
 
     Args:
-      prompts: For each prompt of the group, in order, its tokens and their salt.
+      prompts: For each prompt of the group, in order, its tokens and its salt.
     """
     copies = [
       (row, node.depth, node.block)
@@ -63,7 +63,7 @@ class PrefixCache:
       self._executor.save_blocks(block_copies(copies, self._most))
 
   def warm_up(self, done: list[CompiledProgram]) -> None:
-    """Compile the programs by copying nothing."""
+    """Compile the programs by running them with zero copies."""
     executor, nothing = self._executor, block_copies([], self._most)
     timed_run(done, 'start_with_blocks', lambda: self.start([]), executor.wait)
     timed_run(done, 'save_blocks', lambda: executor.save_blocks(nothing), executor.wait)

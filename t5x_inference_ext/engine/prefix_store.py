@@ -40,7 +40,7 @@ class PrefixStore:
     keys: [L, N, P, K, Q], or a tuple of L arrays [N, P, K, Q] if the layers are unrolled. N is the
       number of blocks; K is as in the prompts' cache.
     values: Like keys.
-    broken: [N] bool. Whether a value that is not finite was computed up to the block's end.
+    broken: [N] bool. Whether a value at or before the block's end was not finite.
   """
 
   keys: LayersKV
@@ -76,7 +76,7 @@ def block_copies(copies: Sequence[tuple[int, int, int]], most: int) -> BlockCopi
 
   Args:
     copies: (row, index, block) of each copy, in order.
-    most: M, how many copies there is room for.
+    most: M, the maximum number of copies.
   """
   padded = np.zeros((most, 3), np.int32)
   padded[: len(copies)] = np.reshape(copies, (-1, 3))
@@ -132,7 +132,7 @@ def bytes_per_block(model: Model, weights: Weights, rows: int, block_size: int) 
   make = functools.partial(empty_store, model, rows=rows, blocks=1, block_size=block_size)
   _, _, spec = _specs(model, weights, rows)
 
-  def layer_bytes(spec: P, arrays: Any) -> int:  # all arrays of a layer's keys, or values
+  def layer_bytes(spec: P, arrays: Any) -> int:  # `arrays`: a layer's keys, or values
     local = NamedSharding(model.mesh, spec).shard_shape
     return sum(math.prod(local(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
@@ -165,7 +165,7 @@ def load_blocks(
     prompts: The prompts.
     weights: Weights, for their shapes and shardings.
     store: The store.
-    copies: Blocks to copy. A row's blocks come in the order of their indices, from 0 on.
+    copies: Blocks to copy. The blocks of a row must be in the order of their indices, from 0 on.
 
   Raises:
     RequestError: A prompt has less room than a block.
@@ -281,7 +281,7 @@ def _specs(model: Model, weights: Weights, rows: int) -> tuple[Axes, KVCache, Pr
 
 
 def _constrained(model: Model, tree: Any, specs: Any) -> Any:
-  def constrain(spec: P, x: Any) -> Any:  # all arrays of a layer's keys, or values
+  def constrain(spec: P, x: Any) -> Any:  # x: an array of a layer's keys or values
     return lax.with_sharding_constraint(x, NamedSharding(model.mesh, spec))
 
   return jax.tree.map(constrain, specs, tree)

@@ -102,7 +102,7 @@ class PrefixTree:
     return path
 
   def find(self, tokens: Sequence[int], salt: Hashable = ()) -> list[Node]:
-    """Return the nodes of all whole blocks of a prompt that are stored; count and mark nothing."""
+    """Return the stored nodes of a prompt's whole blocks, without counting a query or a use."""
     return self._find(tokens, salt, len(tokens) // self.block_size)
 
   def extend(self, tokens: Sequence[int], salt: Hashable = ()) -> list[Node]:
@@ -112,7 +112,7 @@ class PrefixTree:
     up the next prompt.
 
     Args:
-      tokens: The prompt, BOS first. All its keys and values are known.
+      tokens: The prompt, BOS first. All its keys and values must have been computed.
       salt: Separates prompts that must not share.
 
     Returns:
@@ -142,7 +142,9 @@ class PrefixTree:
     return made
 
   def pin(self, node: Node) -> None:
-    """Keep a node, and so all nodes before it, until `unpin`. Pins are counted.
+    """Protect a node and its ancestors from eviction until `unpin`.
+
+    Pins are counted: each needs its own `unpin`.
 
     Raises:
       ValueError: The node is not in the tree.

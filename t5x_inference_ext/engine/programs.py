@@ -41,7 +41,7 @@ class Program:
 
   Attributes:
     jitted: Kind of device -> the function as jax.jit returned it, with the options for that kind
-      (compiler_options.py). Filled as models of that kind come.
+      (compiler_options.py). A kind is added at its first use.
   """
 
   def __init__(self, function: Callable, **jit: Any) -> None:
@@ -139,7 +139,7 @@ def generation_program(
 
   Args:
     model: Decides mesh and layouts.
-    shape: What is fixed when the program is compiled.
+    shape: The limits that are fixed when the program is compiled.
     weights: Weights, or their shapes and shardings.
 
   Returns:
@@ -167,7 +167,7 @@ def generation_for(
   Args:
     model: Decides mesh and layouts.
     weights: Weights on that mesh.
-    shape: What is fixed when the program is compiled.
+    shape: The limits that are fixed when the program is compiled.
     executable: A saved generation, or None.
     per_row: Whether rows have limits or sampling parameters of their own.
     prefill_chunk: Maximum number of prompt positions in one pass; None: all.
@@ -185,10 +185,10 @@ def generation_for(
   return executable.load(*generation_program(model, shape, weights), model.mesh)
 
 
-# A cache from the layout of one model to that of another.
+# Conversion of a cache from one model's layout to another's.
 move_cache = _compiled(chunks.with_layout_of, static=('to',))
 
-# Passes over whole sequences; score_chunks is for all lengths (engine.ranking).
+# Passes over whole sequences; one score_chunks program serves all lengths (engine.ranking).
 log_probs = _replicated(long_scoring.score_sequences)
 score_chunks = _replicated(long_scoring.score_chunks, 'size', 'top')
 logits = _replicated(Model.logits)

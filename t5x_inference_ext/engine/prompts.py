@@ -26,7 +26,7 @@ class PrefillState:
   Attributes:
     cache: Keys and values of the prompts' tokens so far.
     logits: [R, V] float32. Logits after each prompt's last token so far.
-    broken: [R] bool. Whether some token so far gave values that are not finite.
+    broken: [R] bool. Whether one of the prompt's tokens so far gave values that are not finite.
   """
 
   cache: KVCache
@@ -78,9 +78,16 @@ def prefill_chunk(
   counts: jax.Array,
   read: int | None = None,
 ) -> PrefillState:
-  """Run the next tokens [R, T] of the prompts, of which the first counts [R] (0 or more) are valid.
+  """Run the next tokens of the prompts.
 
-  No prompt has more than `read` cached positions (None: as many as there is room for).
+  Args:
+    model: Decides mesh and layouts.
+    prompts: State of the prompts.
+    weights: Weights on the mesh.
+    tokens: [R, T] int32. The next tokens of each prompt, right-padded.
+    counts: [R] int32. Number of valid tokens in each row of `tokens`; 0 leaves a prompt as it is.
+    read: Number of cached positions that attention reads, from the first on. The caller must ensure
+      that no prompt has more. None: all.
   """
   logits, cache = model.prefilling.prefill_chunk(weights, prompts.cache, tokens, counts, read=read)
   logits = jnp.where(counts[:, None] > 0, logits, prompts.logits)

@@ -29,13 +29,13 @@ class RankedPrompt(NamedTuple):
 class PromptRanker:
   """Scores prompts of any length beside a scheduler, with one program.
 
-  The program takes as many prompts as the scheduler prefills together, and runs chunks of the
-  scheduler's largest size, as many as the longest of the prompts needs. No prompt, then, compiles
-  anything.
+  The program scores as many prompts at once as the scheduler prefills together. It runs as many
+  chunks, of the scheduler's largest size, as the longest prompt needs. So prompts of all lengths
+  share one compilation.
 
   Args:
-    scheduler: Says how long prompts can be, and how many of the most likely tokens can be told: at
-      least one.
+    scheduler: Its config limits the lengths of prompts and the number of most likely tokens, which
+      is taken as at least 1.
     weights: Weights on the mesh of the scheduler's model.
   """
 
@@ -49,8 +49,8 @@ class PromptRanker:
     """Score prompts.
 
     Args:
-      prompts: Pairs (token ids with BOS if the model has one, how many of the most likely tokens
-        are told at each place). An empty prompt, or one of one token, has no scores.
+      prompts: Pairs (token ids, number of most likely tokens to return at each position). The ids
+        begin with BOS if the model has one. An empty prompt, or one of one token, has no scores.
     """
     found = [RankedPrompt([], []) for _ in prompts]
     scored = [i for i, (tokens, _) in enumerate(prompts) if len(tokens) > 1]
@@ -65,7 +65,7 @@ class PromptRanker:
   def warm_up(self) -> CompiledProgram:
     """Compile the program, and return it."""
     done: list[CompiledProgram] = []
-    on_host = lambda: None  # the scores are: there is nothing to wait for
+    on_host = lambda: None  # the scores are host arrays: there is nothing to wait for
     timed_run(done, 'score_chunks', lambda: self._run([(0, 0)]), on_host, size=self._size)
     return done[0]
 

@@ -24,7 +24,7 @@ NO_TOKEN = (
 #   stop: its tokens end in a stop sequence, its text holds a stop text, or its grammar is satisfied
 #     and allows no further token.
 #   length: it has as many new tokens as its limit.
-#   cancelled: someone cancelled its request.
+#   cancelled: its request was cancelled.
 #   error: no next token could be chosen; the event's `error` says why. Other rows go on.
 FinishReason = Literal['eos', 'stop', 'length', 'cancelled', 'error']
 
@@ -39,14 +39,14 @@ class Request:
     limit: Maximum number of new tokens of each sample.
     sampling: How tokens are chosen, and what ends a sample.
     end_ids: Token ids that end a sample; None: those of the scheduler's config.
-    stop_texts: Texts that end a sample. They are found in its text and cut from it. Needs a
+    stop_texts: Texts that end a sample when its text contains one; the text is cut there. Needs a
       scheduler with a vocabulary.
     text: Whether events carry text. Needs a scheduler with a vocabulary.
     top_log_probs: How many of the most likely tokens are returned with each token.
-    salt: Only requests with equal salts share cached prefixes. Names what keys and values depend on
-      besides the tokens (an adapter), or a tenant.
-    grammar: The language that the new text of each sample must be in; None: any. Needs a scheduler
-      with a vocabulary, and the extra [structured].
+    salt: Only requests with equal salts share cached prefixes. It names a tenant, or whatever keys
+      and values depend on besides the tokens, such as an adapter.
+    grammar: Grammar that the new text of each sample must satisfy; None: any text is allowed. Needs
+      a scheduler with a vocabulary, and the extra [structured].
   """
 
   tokens: tuple[int, ...]
@@ -79,8 +79,8 @@ class Handle:
     request: The request.
     state: FINISHED once all of its samples have ended. Preempted samples are WAITING again.
     finish_reasons: Why each sample has ended; None while it has not.
-    matchers: A grammar matcher for each sample, in its start state; none without a grammar, and
-      none in processes where the request was not submitted.
+    matchers: A grammar matcher for each sample, in its start state. Empty without a grammar, and in
+      processes other than the one where the request was submitted.
   """
 
   index: int
@@ -126,7 +126,7 @@ class Completion(NamedTuple):
     tokens: Generated ids. If the row ended with EOS, that is the last id.
     score: Sum of the tokens' log-probabilities.
     finish_reason: Why the row ended: 'eos', 'stop', 'length' or 'error'.
-    text: The text, if the prompt was one.
+    text: The generated text, if the prompt was a text.
   """
 
   tokens: list[int]

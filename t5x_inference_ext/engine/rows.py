@@ -29,7 +29,7 @@ class Row:
 
   Attributes:
     tokens: New tokens that the host has read.
-    started: For each started program that was not read, the most tokens that it gives the row.
+    started: For each started program whose output was not read, the most tokens it gives the row.
     finish: Why the row has ended; None while it has not.
     matcher: State of the grammar after the row's tokens; None without a grammar.
   """
@@ -73,7 +73,7 @@ class Row:
   def least(self) -> int:
     """Number of new tokens that the row has once all started programs end, unless it ends early.
 
-    Programs that were not read give at least one token each.
+    Each program whose output was not read gives at least one token.
     """
     return len(self.tokens) + len(self.started)
 
@@ -145,7 +145,7 @@ class Row:
   def _told(
     self, tokens: list[int], finish: FinishReason | None
   ) -> tuple[str, int, FinishReason | None]:
-    """Return the new text, how many of the tokens it uses, and the finish reason or None."""
+    """Return the new text, the number of tokens that it covers, and the finish reason or None."""
     assert self._text is not None and self._stops is not None
     text, before = '', len(self.tokens) - len(tokens)
     least = self.handle.request.sampling.min_new_tokens

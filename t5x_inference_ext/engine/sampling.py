@@ -22,18 +22,18 @@ class SamplingParams:
   Penalties and bias are applied before the temperature, so they affect greedy choices too.
 
   Attributes:
-    temperature: 0 takes the most likely token; otherwise logits are divided by it.
+    temperature: 0 takes the most likely token; otherwise the logits are divided by it.
     top_k: Keep the k most likely tokens; 0 keeps all.
-    top_p: Of the tokens that top_k keeps, keep the fewest most likely ones whose renormalized
-      probabilities reach p; 1 keeps all.
+    top_p: Among the tokens that top_k keeps, keep the fewest most likely ones whose renormalized
+      probabilities sum to at least top_p; 1 keeps all.
     repetition_penalty: Positive logits of tokens in the prompt or the output are divided by it, and
       negative ones multiplied; 1 has no effect.
     frequency_penalty: Subtracted from a token's logit once for each time it was generated.
     presence_penalty: Subtracted from the logit of every token that was generated.
     logit_bias: Pairs of a token id and the number added to its logit, or a mapping of ids to
-      numbers. -inf forbids a token. The order of biased logits is that of their exact sums.
-    min_new_tokens: The first this many tokens can't end the row: EOS is forbidden among them, and
-      stop sequences that end among them are ignored. The token after them can.
+      numbers. -inf forbids a token. Biased logits are ordered by their exact sums.
+    min_new_tokens: Number of first tokens that can't end the row: EOS is forbidden among them, and
+      stop sequences that end among them are ignored.
     stop: Sequences of token ids. A row ends when its generated tokens end in one of them. The row's
       tokens include the sequence, as they include EOS.
 

@@ -34,15 +34,15 @@ class SamplingFeatures(NamedTuple):
 
   Attributes:
     sampled: Whether a row has a temperature above 0.
-    few: Pairs (n, whether no row with a temperature above 0 keeps more than n tokens), in ascending
-      order of n. The draw uses n candidates for the first n whose flag is true, or else the whole
-      vocabulary.
+    few: Pairs (n, flag), in ascending order of n. The flag tells whether every row with a
+      temperature above 0 keeps at most n tokens. Tokens are drawn from n candidates, for the first
+      n whose flag is true; if no flag is true, from the whole vocabulary.
     limited: Whether top_k or top_p drops tokens of a row.
     both: Whether a row has both top_k and top_p.
     bias: Whether a row has a logit_bias.
     penalties: Whether a row has a penalty.
     min_new_tokens: Whether a row has min_new_tokens.
-    masked: Whether a row has a mask of its grammar: `token_choice.TokenMasks`.
+    masked: Whether a row has a grammar, and so a mask in `token_choice.TokenMasks`.
   """
 
   sampled: Flag = False

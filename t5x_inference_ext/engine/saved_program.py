@@ -25,7 +25,7 @@ PROGRAM_FORMAT = b't5x_inference_ext executable 3\n'
 # Packages whose versions must be equal where an executable is saved and where it is loaded.
 VERSIONS = ('jax', 'jaxlib', 'libtpu')
 _AGAIN = 'compile it again with this installation'
-# Field of a header -> the JSON types that it may have, and how messages call them.
+# Field of a header -> the JSON types that it may have, and their name in messages.
 _HEADER: dict[str, tuple[tuple[type, ...], str]] = {
   'jax': ((str,), 'text'),
   'jaxlib': ((str,), 'text'),
@@ -116,7 +116,7 @@ def load(
   Args:
     path: str or path. A file written by `save` that you trust: loading it runs code.
     function: The function that was compiled. It is only traced, to get the structure of its result.
-    arguments: tuple of the trees that it takes: arrays, or shapes with shardings.
+    arguments: tuple of the function's arguments, trees of arrays or of shapes with shardings.
     mesh: Mesh. The devices.
     description: mapping. Settings of this run, in the form given to `save`.
 

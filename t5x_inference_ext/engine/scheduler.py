@@ -35,7 +35,7 @@ from t5x_inference_ext.text.vocabulary import Vocabulary
 
 
 class Scheduler:
-  """Serves requests in the slots of a model. Files, tasks, the server and Engine.stream all use it.
+  """Serves requests in the slots of a model. Used for files, tasks, the server and Engine.stream.
 
   A row gets the tokens that it would get alone: neither the sampling noise nor attention depends on
   the other rows. `submit` and `cancel` may be called from any thread; one thread at a time calls
@@ -46,7 +46,7 @@ class Scheduler:
     weights: Weights on that mesh; None with an executor that has its own, or needs none.
     config: Sizes that the programs are compiled for.
     vocabulary: Needed by requests for text, with stop texts or with a grammar.
-    inbox: Where requests come in; None: a new one, of this process alone.
+    inbox: Queue of incoming requests; None: a new one, of this process alone.
     executor: Runs the programs; None: a DeviceExecutor, on the devices of the mesh.
   """
 
@@ -160,7 +160,7 @@ class Scheduler:
         steps = 1 if self._rows_wait and self._table.free else self.config.decode_steps
         self._decoder.decode(self._table, steps, until_free=self._rows_wait, alone=not filled)
       self._free_full_slots()
-    # With single steps, the devices run the newest while the host reads the previous one.
+    # With single steps, the devices run the newest step while the host reads the previous one.
     self._read(events, leave=leave if self._table.busy else 0)
     if events and self.idle:
       for wrong in self.check_books():
@@ -184,7 +184,7 @@ class Scheduler:
     for command, handle in self._inbox.take():
       if (request := command.request) is not None:
         assert handle is not None
-        if request.grammar and not handle.matchers:  # it was checked in another process
+        if request.grammar and not handle.matchers:  # another process checked it
           handle.matchers = self._grammars.compiled(request.grammar, len(request.seeds))
         rows = rows_of(handle, self.config.end_ids, self._vocabulary)
         self._unfinished[handle.index] = rows
@@ -202,7 +202,7 @@ class Scheduler:
     return events
 
   def _fill_slots(self) -> bool:
-    """Prefill waiting prompts within the budget, and fill free slots; return if any work began."""
+    """Prefill waiting prompts within the budget, fill free slots; return whether any work began."""
     budget, worked = self.config.prefill_budget, False
     while self._table.free and self._rows_wait:
       self.executor.settle()
@@ -250,7 +250,7 @@ class Scheduler:
     return True
 
   def _make_room(self, events: list[Event]) -> bool:
-    """Allocate pages for the next steps, preempting the youngest rows; return if a row decodes."""
+    """Allocate the next steps' pages, preempting the youngest rows; return whether rows decode."""
     self._free_full_slots()
     while self._table.busy:
       slot = self._table.grow(self.config.most_tokens)

@@ -14,14 +14,14 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 
 LENGTH_MULTIPLE = 32  # lengths and pages are whole tiles of an int8 cache
-SMALLEST_CHUNK = 16  # a prompt's last chunk is padded to a size of the list, at least this
-CHUNK_FACTOR = 4  # each size of a chunk is this many times the one before
-CHUNK_SIZES = 3  # at most
-FIRST_READ = 512  # the least positions of a prompt's cache that a chunk reads, if it reads any
-# Decode steps in one call where nobody waits for a single token: a file, a batch of T5X.
+SMALLEST_CHUNK = 16  # smallest chunk; a prompt's last chunk is padded to one of the chunk sizes
+CHUNK_FACTOR = 4  # ratio of consecutive chunk sizes
+CHUNK_SIZES = 3  # maximum number of chunk sizes
+FIRST_READ = 512  # fewest cached positions that a chunk reads, if it reads any
+# Decode steps in one call where nobody waits for single tokens: input files, batches of T5X.
 BATCH_DECODE_STEPS = 16
-# A prefill pass reads all weights, which takes as long as this many positions of it. Measured for a
-# small model on a CPU: 50. On a TPU it is more.
+# Fixed cost of a prefill pass, in positions: each pass reads all weights. Measured for a small
+# model on a CPU: 50. On a TPU it is more.
 PASS_POSITIONS = 64
 PREFIX_BYTES = 2**28  # bytes per device for cached prefixes
 
@@ -31,7 +31,7 @@ class SchedulerConfig:
   """The sizes that a scheduler's programs are compiled for.
 
   Attributes:
-    slots: B, rows decoded together. The mesh must be able to split it (Model.padded_batch).
+    slots: B, rows decoded together. The mesh must be able to split them (Model.padded_batch).
     max_length: Maximum number of tokens of a row: BOS, prompt and new tokens, not counting the last
       new one.
     page_size: S, positions of a page of the cache. A multiple of 32, the tile of an int8 cache.
@@ -48,7 +48,7 @@ class SchedulerConfig:
     prefill_rows: R, prompts that are prefilled together.
     prefill_budget: Maximum number of positions prefilled between two decode steps.
     decode_steps: Decode steps in one call of the compiled loop, when no request waits. With 1, the
-      host starts each step before it reads the tokens of the one before.
+      host starts each step before it reads the tokens of the previous step.
     top_log_probs: Maximum number of most likely tokens per position that a request can ask for.
     speculate: Drafts that steps check, so that a row may get several tokens in one; None: none.
 
@@ -106,7 +106,7 @@ class SchedulerConfig:
 
   @property
   def most_tokens(self) -> int:
-    """Most tokens that a row can get in one call of the compiled loop."""
+    """Maximum number of tokens that a row can get in one call of the compiled loop."""
     return self.decode_steps + (0 if self.speculate is None else self.speculate.most)
 
   @property
@@ -116,7 +116,7 @@ class SchedulerConfig:
 
   @property
   def block_copies(self) -> int:
-    """Most copies of blocks in one call: all blocks of the prompts that are prefilled together."""
+    """Maximum number of block copies in one call: all blocks of one group of prompts."""
     return max(1, self.prefill_rows * (self.max_length // self.block_size))
 
   def pages_of_shard(self, shards: int) -> int:
@@ -126,20 +126,21 @@ class SchedulerConfig:
     return self.slots // shards * self.pages_of_row + 1
 
   def reads_of_pages(self, shards: int) -> list[int]:
-    """Return how many pages of each shard decode programs read, one per program, ascending."""
+    """Return the number of pages of each shard that each decode program reads, ascending."""
     pages = self.pages_of_shard(shards)
     sizes = (1 + (self.slots // shards << i) for i in range(self.page_reads - 1))
     return [*itertools.takewhile(lambda size: size < pages, sizes), pages]
 
   @property
   def shared_reads(self) -> list[int]:
-    """How many shared pages decode programs read, one number per program."""
+    """Number of shared pages that each decode program reads, ascending."""
     return [0, self.shared_pages] if self.shared_pages else [0]
 
   def logits_reads(self, shards: int) -> list[tuple[int, int]]:
     """Return the pairs (pages, shared pages) that decode programs with grammars read.
 
-    To keep the number of programs low: every second number of pages, and always all shared pages.
+    To compile fewer programs, they read every second number of `reads_of_pages`, and always all
+    shared pages.
     """
     return [(read, self.shared_reads[-1]) for read in self.reads_of_pages(shards)[::-2][::-1]]
 
@@ -152,8 +153,8 @@ class SchedulerConfig:
 
   @property
   def prefill_reads(self) -> list[int]:
-    """The numbers of cached positions that chunks read, in ascending order: at most three."""
-    # A power of two: about as many times FIRST_READ as max_length is many times the middle.
+    """Numbers of cached positions that chunk programs read, in ascending order; at most three."""
+    # A power of two near the geometric mean of FIRST_READ and max_length.
     middle = 1 << math.isqrt(FIRST_READ * max(FIRST_READ, self.max_length)).bit_length() - 1
     return [0, *([middle] if middle < self.max_length else []), self.max_length]
 

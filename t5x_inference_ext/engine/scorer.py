@@ -40,7 +40,7 @@ class Scorer:
     Args:
       inputs: [B, T] model inputs: targets shifted right, BOS first.
       targets: [B, T] token ids.
-      weights: [B, T] float32; None: 1 where a target is not 0 (padding).
+      weights: [B, T] float32; None: 0 where a target is 0 (padding), 1 elsewhere.
 
     Returns:
       [B] float32.
@@ -73,7 +73,7 @@ class Scorer:
 
     Raises:
       RequestError: Ids outside the vocabulary, more tokens than the model has positions, or an
-        empty prompt where the model has no BOS; naming the pair, counted from 0.
+        empty prompt where the model has no BOS. The message names the pair, counted from 0.
     """
     check_at_least(1, tokens=tokens)
     config, bos_id = self.model.config, self.checkpoint.bos_id

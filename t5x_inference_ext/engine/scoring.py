@@ -14,7 +14,7 @@ class ScoringExample(NamedTuple):
   Attributes:
     inputs: [n] int32. Model inputs: the token before each target; the first is BOS if there is one.
     targets: [n] int32. Token ids to score.
-    weights: [n] float32. Weight of each log-probability; 0 ignores it.
+    weights: [n] float32. Weight of each log-probability; 0 ignores the target.
   """
 
   inputs: Sequence[int]
@@ -30,8 +30,8 @@ class ScoringExample(NamedTuple):
     Args:
       prompt: Token ids without BOS.
       completion: Token ids to score. They become the last targets.
-      bos_id: The id in front of each prompt; None: the prompt is not empty, and its first token is
-        no target.
+      bos_id: The id in front of each prompt; None: no BOS. The prompt must then have a token, and
+        its first token is no target.
     """
     targets = [*prompt, *completion]
     weights = [0.0] * len(prompt) + [1.0] * len(completion)
@@ -41,7 +41,7 @@ class ScoringExample(NamedTuple):
 
 
 def tokens_read(prompt: Sequence[int], completion: Sequence[int], bos_id: int | None) -> int:
-  """Return how many tokens a model reads to score a completion: BOS, and all but the last token."""
+  """Return how many tokens a model reads to score a completion: BOS, and all except the last."""
   return len(prompt) + len(completion) - (bos_id is None)
 
 

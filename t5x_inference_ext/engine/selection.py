@@ -1,4 +1,4 @@
-"""Exact draws of a token from a part of the vocabulary, without sorting the vocabulary.
+"""Exact sampling of a token under top_k and top_p, without sorting the vocabulary.
 
 A draw is the token with the largest logit + Gumbel noise (the Gumbel-max trick). A token's noise
 depends only on the row's seed, the position and the token's id. So every search for the draw, on
@@ -84,8 +84,8 @@ def most_likely(
 ) -> tuple[Float[Array, 'B N'], Int[Array, 'B N']]:
   """Return the `count` largest logits of each row, in descending order, and their ids: [B, count].
 
-  The logits are [B, V]; equal logits are in order of id. The result lies in the `count` blocks with
-  the largest maxima, so that the search over the whole vocabulary takes only each block's maximum.
+  The logits are [B, V]; equal logits are in order of id. The `count` blocks with the largest maxima
+  contain the result, so only the maximum of each block is computed over the whole vocabulary.
   """
   rows, vocab_size = logits.shape
   blocks = -(-vocab_size // BLOCK)
@@ -112,12 +112,12 @@ def draw_from_few(
   """Draw a token for each row from its most likely ones.
 
   Args:
-    logits: [B, N] float32. Logits divided by the temperature, in descending order; at least those
-      that top_k keeps.
+    logits: [B, N] float32. Logits divided by the temperature, in descending order, including all
+      those that top_k keeps.
     ids: [B, N] int32. Token ids of the logits.
     noise: [B, N] float32. Gumbel noise of the logits.
     top_k: [B] int32. At least 1.
-    top_p: [B] float32. Kept share of the probability that top_k keeps.
+    top_p: [B] float32. Share to keep of the total probability of the tokens that top_k keeps.
 
   Returns:
     [B] int32.
@@ -145,19 +145,21 @@ def draw_from_all(
 ) -> Int[Array, ' B']:
   """Draw a token for each row, where rows may keep any number of tokens.
 
-  The token with the largest noisy logit is the draw if it is kept. It is kept if fewer than top_k
-  tokens are more likely, and these hold less than top_p of the probability: one pass over the
-  logits decides that. If the token is not kept, no less likely token is kept either, and the next
-  candidate is the largest noisy logit among the more likely tokens. Few trials are needed: the kept
-  tokens hold most of the probability, and each trial drops a good part of the others.
+  The first candidate is the token with the largest logit + noise. It is drawn if top_k and top_p
+  keep it: if fewer than top_k tokens are more likely, and if those tokens hold less than top_p of
+  the probability. One pass over the logits decides that. If a candidate is not kept, no less likely
+  token is kept either; the next candidate has the largest logit + noise among the more likely
+  tokens. Few trials are needed: the kept tokens hold most of the probability, and each trial drops
+  a good part of the other tokens.
 
   Args:
     logits: [B, V] float32. Logits divided by the temperature.
     noise: [B, V] float32. Gumbel noise.
     top_k: [B] int32. V keeps all tokens.
-    top_p: [B] float32. Kept share of the probability that top_k keeps; 1 keeps all.
-    both: Whether some row has both top_k and top_p, so that the probability that top_k keeps must
-      be summed: a Python bool, or a scalar that decides when the program runs.
+    top_p: [B] float32. Share to keep of the total probability of the tokens that top_k keeps; 1
+      keeps all.
+    both: Whether some row has both top_k and top_p, so that the probabilities of the tokens that
+      top_k keeps must be summed. A Python bool, or a traced scalar.
 
   Returns:
     [B] int32.
@@ -204,7 +206,8 @@ def _weight_of_top(logits: jax.Array, weights: jax.Array, count: jax.Array) -> j
   A binary search finds the smallest of these logits, one bit at a time.
   """
   bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
-  order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(2**31))  # ordered as the logits
+  # Unsigned integers in the same order as the logits.
+  order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(2**31))
 
   def set_bit(i: jax.Array, found: jax.Array) -> jax.Array:
     tried = found | (jnp.uint32(2**31) >> i.astype(jnp.uint32))

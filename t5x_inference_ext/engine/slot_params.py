@@ -25,7 +25,7 @@ def slot_row(
   Shapes and features do not depend on the row, so one program serves every request.
 
   Args:
-    sampling: Sampling parameters. The host finds their stop sequences.
+    sampling: Sampling parameters. Stop sequences are left out: the host looks for them.
     vocab_size: V.
     seed: Seed of the row's sampling noise.
     limit: Maximum number of new tokens.

@@ -55,15 +55,15 @@ class SlotTable:
     """Return a free slot whose shard has the most free pages; None if none has enough.
 
     Args:
-      length: Positions that the row needs at once.
+      length: Positions that the row needs when it enters.
     """
     slots = np.flatnonzero(~self.alive)
     if not slots.size:
       return None
     slot = min(map(int, slots), key=lambda s: (-self.pool.free_pages(self.pool.shard(s)), s))
     shard = self.pool.shard(slot)
-    # Keep a free page for every second other row of the shard, so that entering does not soon cause
-    # a preemption. A row that is alone needs no reserve.
+    # Keep one free page in reserve for every two other rows of the shard, so that the new row does
+    # not soon cause a preemption. A row that is alone needs no reserve.
     others = sum(self.rows[row] is not None for row in self.pool.rows(shard))
     needed = self.pool.pages_of(length)
     if others:
@@ -76,8 +76,8 @@ class SlotTable:
     Args:
       slot: From find_slot.
       row: The row.
-      length: Positions that the row needs at once.
-      names: Names of the pages of the prefix that it shares with other rows.
+      length: Positions that the row needs when it enters.
+      names: Names of the pages of the prefix that the row shares with other rows.
     """
     found, unwritten = self.shared.take(slot, names)
     self.pool.begin(slot, len(found))
@@ -92,7 +92,7 @@ class SlotTable:
 
     Args:
       slot: The row's slot.
-      unwritten: Indices of its shared pages that must be written.
+      unwritten: Indices of the row's shared pages that must be written.
     """
     width = self.pool.table.shape[1]
     shared = np.zeros(width, np.int32)

@@ -44,7 +44,7 @@ class Slots:
     rows: Parameters of the rows.
     state: State of the rows.
     drafting: Tokens of the rows, for drafts; None in programs without drafts.
-    draft_logits: [B, K + 1, V] float32. A place for the logits of a step that checks K tokens of
+    draft_logits: [B, K + 1, V] float32. Buffer for the logits of a step that checks K tokens of
       drafts; None in programs without drafts.
   """
 
@@ -59,10 +59,11 @@ class StepsWork(NamedTuple):
   """The work of some decode steps that may check drafts.
 
   Attributes:
-    passes: [W] int32. Steps without drafts, and of each number of draft tokens that can be checked.
-    rows: Scalar int32. Sum over the steps of the rows that took part.
-    drafted: Scalar int32. Number of tokens of drafts that were checked.
-    accepted: Scalar int32. Number of these that were accepted.
+    passes: [W] int32. Number of steps of each kind: first without drafts, then for each number of
+      draft tokens that a step can check.
+    rows: Scalar int32. Sum over the steps of the number of rows that took part.
+    drafted: Scalar int32. Number of draft tokens that were checked.
+    accepted: Scalar int32. Number of draft tokens that were accepted.
   """
 
   passes: jax.Array
@@ -198,7 +199,7 @@ def insert(
     place: Index of the prompt in `prompts`.
     slot: Slot to enter.
     pages: Pages of the row.
-    row_params: [1] Parameters of the row.
+    row_params: [1, ...]. Parameters of the row.
     prompt: [1, T] int32. The whole prompt, BOS first. Only penalties and drafts read it.
     length: Scalar int32. Number of valid tokens in `prompt`.
     generated: Scalar int32. How many of the last tokens in `prompt` the row generated before it was

@@ -1,10 +1,10 @@
-"""The option `speculate`: which kind of drafts rows get, and of how many tokens."""
+"""The option `speculate`: the kind of drafts that rows get, and their length."""
 
 import dataclasses
 
 from t5x_inference_ext.errors import RequestError
 
-MOST_DRAFT = 16  # tokens of a draft; a page must have room for one more
+MOST_DRAFT = 16  # maximum tokens of a draft; a page must have room for one more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,8 +12,8 @@ class Speculation:
   """A kind of drafts.
 
   Attributes:
-    kind: 'ngram': what followed a row's last tokens where they stood before; 'draft': what a second
-      model draws.
+    kind: 'ngram': the tokens that followed an earlier occurrence of the row's last tokens; 'draft':
+      tokens that a second model samples.
     most: Maximum number of tokens of a draft. Each step checks as many as are worthwhile.
     path: Checkpoint of the second model; None for other kinds.
   """
@@ -27,7 +27,7 @@ class Speculation:
 
 
 def parse_speculation(text: str) -> Speculation:
-  """Return what an option says, such as 'ngram:8' or 'draft:DIR:4'.
+  """Parse the option's value, such as 'ngram:8' or 'draft:DIR:4'.
 
   Raises:
     RequestError: The text names no kind of drafts, or a number of tokens out of its range.

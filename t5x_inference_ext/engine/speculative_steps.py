@@ -1,9 +1,9 @@
 """Decode steps of slots that check drafts: several tokens of a row in one pass of the model.
 
-The tokens are those of plain decode steps. A pass gives the logits after a row's last token and
-after each token of its draft; the row's tokens are then chosen one after the other, as always, as
-long as each equals the draft's. What was rejected lies beyond the row's length, where nothing reads
-it and later tokens are written.
+Rows get the same tokens as in plain decode steps. A pass computes the logits after a row's last
+token and after each token of its draft. The row's tokens are then chosen one at a time, as long as
+each equals the draft's. Keys and values of rejected tokens lie beyond the row's length, where
+nothing reads them and later tokens overwrite them.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,8 @@ from t5x_inference_ext.model.pages import PagedCache
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
-# A step that checks drafts must be expected to gain this much: prices and acceptance are estimates.
+# Factor by which a step that checks drafts must be expected to beat a plain step: prices and
+# acceptance rates are only estimates.
 LEAST_GAIN = 1.1
 
 
@@ -44,7 +45,7 @@ _Run = tuple[PagedCache, jax.Array, jax.Array, Any]
 
 
 class _Loop(NamedTuple):
-  """State of the loop over steps. The logits [B, K + 1, V] are only a place to write."""
+  """State of the loop over steps. `logits` [B, K + 1, V] is only a buffer to write to."""
 
   state: DecodeState
   cache: PagedCache
@@ -55,9 +56,9 @@ class _Loop(NamedTuple):
 
 
 def verify_widths(most: int) -> tuple[int, ...]:
-  """Return the numbers of draft tokens that steps may check, given the most, in ascending order.
+  """Return the numbers of draft tokens that steps may check, at most `most`, in ascending order.
 
-  With many rows, a pass of few tokens for each is worthwhile where one of many tokens is not.
+  With many rows, checking few tokens of each can be worthwhile where checking many is not.
   """
   return (most,) if most < 4 else (max(2, 3 * most // 8), most)
 
@@ -85,13 +86,13 @@ def speculative_steps(
     weights: Weights on the mesh.
     pages: Pages of the rows, with room for steps + K tokens of each.
     alive: [B] bool. Slots that have a row. Rows in other slots were cancelled and are ended.
-    steps: Scalar int32. Number of new tokens of some row at which to stop, at most `most`.
+    steps: Scalar int32. Stop once any row has this many new tokens; at most `most`.
     until_free: Scalar bool. Whether to stop as soon as a row ends.
-    prices: [1 + len(verify_widths)] float32. Time of a step without drafts, and of one that checks
-      each number of draft tokens, in any unit.
+    prices: [1 + len(verify_widths)] float32. Time, in any unit, of a step without drafts, then of a
+      step that checks each number in verify_widths.
     draft_weights: Weights of the drafter, or None.
     drafter: Makes the drafts, of at most K tokens. Static.
-    most: N, for which the output has room, and K more. Static.
+    most: N. The output has room for N + K tokens of each row. Static.
     read: Number of pages of each shard that attention reads, from the first on. Static.
     read_shared: Number of shared pages that attention reads, from the first on. Static.
   """
@@ -112,7 +113,7 @@ def speculative_steps(
   def step(loop: _Loop) -> _Loop:
     lengths, live = loop.cache.lengths, ~loop.state.ended
     outlook = drafter.outlook(loop.drafting.tokens, lengths)
-    # The tokens chosen in a step are at most one more than the draft.
+    # A step chooses at most one token more than the draft has.
     left = jnp.asarray(slots.rows.limits) - loop.state.counts - 1
     outlook = outlook._replace(counts=jnp.where(live, jnp.clip(outlook.counts, 0, left), 0))
     index = _best_width(widths, prices, loop.drafting, outlook, left + 1, live, until_free)
@@ -120,7 +121,7 @@ def speculative_steps(
     drafts = jnp.full((count, drafter.most), -1, jnp.int32).at[:, 0].set(outlook.first)
     run: _Run = loop.cache, loop.logits, drafts, loop.drafting.own
     for i, each in enumerate(widths):
-      # A loop of no or one turn, where lax.cond might copy the cache.
+      # `_if` is a loop of zero or one turns, because lax.cond might copy the cache.
       inputs = DraftInputs(draft_weights, slots.rows, loop.state, loop.drafting, lengths)
       one = functools.partial(_pass, model, weights, drafter, inputs, outlook, each)
       run = _if(index == i, one, run)
@@ -190,17 +191,18 @@ def _best_width(
   live: jax.Array,
   waited: jax.Array,
 ) -> jax.Array:
-  """Return the index of the number of draft tokens to check.
+  """Return the index in `widths` of the number of draft tokens to check.
 
-  If a row waits for a slot, it is the number for most tokens in a time. If not, rows that end early
-  free nothing for others, and it is the number with which the last row ends first.
+  If a row waits for a slot, the number with the most new tokens per time is chosen. If none waits,
+  slots that become free early are useless, and the number with which the last row ends soonest is
+  chosen.
 
   Args:
     widths: Numbers of draft tokens that a step can check.
     prices: [W] float32. Time of a step that checks each number.
-    drafting: How drafts fared.
-    outlook: The drafts.
-    left: [B] int32. Most tokens that each row gets before it ends.
+    drafting: Drafting state, with the acceptance of earlier drafts.
+    outlook: The drafts that rows could get.
+    left: [B] int32. Maximum number of tokens that each row gets before it ends.
     live: [B] bool. Whether the row has not ended.
     waited: Scalar bool. Whether a row waits for a slot.
   """
@@ -225,8 +227,8 @@ def _pass(
   """Run the model over each row's last token and `width` tokens of its draft.
 
   Returns:
-    The cache with these tokens beyond the rows' lengths, the logits, the drafts, and the drafter's
-    own state.
+    The cache with these tokens written beyond the rows' lengths, the logits, the drafts, and the
+    drafter's own state.
   """
   cache, logits, drafts, own = run
   lengths, state = cache.lengths, inputs.state

@@ -17,7 +17,7 @@ from t5x_inference_ext.model.transformer import Model
 
 
 def state_shardings(model: Model, state: DecodeState) -> DecodeState:
-  """Return the sharding of each array of a state, or of the shapes of one."""
+  """Return the sharding of each array in `state`: arrays or jax.ShapeDtypeStructs."""
   whole = NamedSharding(model.mesh, P())
   shardings: DecodeState = jax.tree.map(lambda _: whole, state)
   if state.history is None:
@@ -27,7 +27,7 @@ def state_shardings(model: Model, state: DecodeState) -> DecodeState:
 
 
 def constrain_state(model: Model, state: DecodeState) -> DecodeState:
-  """Constrain a state's arrays to one sharding in all programs, so that no step moves them."""
+  """Constrain a state's arrays to the shardings of all programs, so that no step moves them."""
   return jax.tree.map(lax.with_sharding_constraint, state, state_shardings(model, state))
 
 
@@ -45,7 +45,7 @@ def put_state_row(
     model: Decides the mesh.
     rows: Parameters of B rows.
     states: State of B rows.
-    slot: Scalar int32. Number of the row.
+    slot: Scalar int32. Index of the row to replace.
     row: [1, ...]. The row's new parameters.
     state: [1, ...]. The row's new state.
   """

@@ -60,7 +60,7 @@ def generate_batch(
   max_length: int | None = None,
   prefill_chunk: int | None = None,
 ) -> Generation:
-  """Generate for a batch. Under jit, `model` and the keyword arguments are static.
+  """Generate for a batch of prompts. Under jit, `model` and the keyword arguments are static.
 
   Args:
     model: Decides mesh and layouts.

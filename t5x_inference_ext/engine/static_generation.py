@@ -59,7 +59,7 @@ def generate_static(
   seeds: Sequence[int] | None,
   options: StaticOptions,
 ) -> list[Completion]:
-  """Generate for a batch; arguments and errors are those of Engine.generate.
+  """Generate for a batch of prompts; arguments and errors are those of Engine.generate.
 
   Args:
     model: Decides mesh and layouts.

@@ -9,9 +9,9 @@ class PrefixStats:
 
   Attributes:
     queries: Prompts that were looked up.
-    hits: Prompts of which a prefix was found.
+    hits: Prompts with a cached prefix.
     query_tokens: Tokens of the prompts that were looked up.
-    hit_tokens: Tokens that were found.
+    hit_tokens: Tokens of the cached prefixes that were found.
     bytes: Bytes of the cached prefixes on each device.
   """
 
@@ -27,10 +27,10 @@ class DraftStats:
   """Counters of drafts, all 0 without them.
 
   Attributes:
-    row_steps: Sum over the decode steps of the rows that took part.
+    row_steps: Sum over the decode steps of the number of rows that took part.
     generated: Tokens that these steps added to rows.
-    drafted: Tokens of drafts that these steps checked.
-    accepted: Number of these that were accepted.
+    drafted: Draft tokens that these steps checked.
+    accepted: Draft tokens that were accepted.
   """
 
   row_steps: int = 0

@@ -8,25 +8,26 @@ import numpy as np
 
 from t5x_inference_ext import distributed
 
-# Before anything is measured, a step takes this share of a plain step's time more for each draft
-# token that it checks. It is low, so that steps of each kind are tried where drafts are good.
+# Extra time of a step for each draft token that it checks, as a share of a plain step's time. It is
+# assumed until times are measured. It is low, so that each kind of step is tried where drafts are
+# good.
 FIRST_PRICE = 0.02
-# Weights of what was measured before, after each measurement, and of the first price of each kind,
-# in measurements. So a kind that is too dear is tried again after some 260 measurements: what made
-# it dear may be over.
+# KEPT: each measurement multiplies the weight of the earlier ones by this. FIRST_WEIGHT: weight of
+# the assumed price of each kind, in measurements. So a kind that seems too slow is tried again
+# after some 260 measurements: the cause of its slowness may be over.
 KEPT, FIRST_WEIGHT = 0.98, 0.005
-# A time beyond these shares of the expected one counts as these: other work disturbs some.
+# Measured times are clipped to these multiples of the expected time: other work disturbs some.
 LEAST, MOST = 0.5, 3.0
-# How often several processes exchange prices: once in so many programs.
+# Several processes exchange prices once in this many programs.
 AGREE_EVERY = 32
-_COUNT = itertools.count()  # of the prices in this process, for unique names
+_COUNT = itertools.count()  # numbers the StepPrices in this process, for unique names
 
 
 class StepPrices:
   """Estimates the time of a step of each kind, from the times of programs that mix kinds.
 
-  Processes that share a mesh must agree on prices, and their clocks differ: those of process 0
-  count.
+  Processes that share a mesh must use equal prices, but they measure different times: all use the
+  prices of process 0.
 
   Args:
     widths: Number of draft tokens that each kind of step checks, ascending; the first is 0.
@@ -35,7 +36,7 @@ class StepPrices:
   def __init__(self, widths: Sequence[int]) -> None:
     self._first = 1 + FIRST_PRICE * np.asarray(widths, np.float64)
     self._seconds: np.ndarray | None = None
-    # Normal equations of the least squares of relative errors: one row and column for each kind.
+    # Normal equations of a least-squares fit of relative errors: a row and a column for each kind.
     self._matrix, self._right = np.zeros((len(widths), len(widths))), np.zeros(len(widths))
     self._asked, self._agreed = 0, self.prices
     self._messages: distributed.Messages | None = None
@@ -44,12 +45,12 @@ class StepPrices:
 
   @property
   def prices(self) -> np.ndarray:
-    """The price of each kind, [W] float32: its time in plain steps."""
+    """The price of each kind of step, [W] float32: its time divided by that of a plain step."""
     found = self._first if self._seconds is None else self._seconds
     return (found / found[0]).astype(np.float32)
 
   def next(self) -> np.ndarray:
-    """Return the prices for the next program, [W] float32. All processes must call it as often."""
+    """Return the prices for the next program, [W] float32. Processes must call it equally often."""
     if self._messages is None:
       return self.prices
     if self._asked % AGREE_EVERY == 0:
@@ -72,5 +73,5 @@ class StepPrices:
     first = self._first * self._seconds[0]
     weights = FIRST_WEIGHT / first**2
     found = np.linalg.solve(self._matrix + np.diag(weights), self._right + weights * first)
-    # More tokens take no less time.
+    # A step that checks more tokens never takes less time.
     self._seconds = np.maximum.accumulate(np.maximum(found, LEAST * first))

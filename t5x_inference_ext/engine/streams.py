@@ -8,8 +8,9 @@ import threading
 from t5x_inference_ext.engine.request import Event, Handle, Request, RequestState
 from t5x_inference_ext.engine.scheduler import Scheduler
 
-# How long, in seconds, a waiting thread sleeps before it looks whether to step itself. Every step
-# wakes all threads; the timeout matters if the stepping thread got its last event and stopped.
+# How long, in seconds, a waiting thread sleeps before it checks whether it must step the scheduler.
+# Every step wakes all threads; the timeout matters if the stepping thread got its last event and
+# stopped.
 WAIT_SECONDS = 0.05
 
 

@@ -67,7 +67,7 @@ class TokenMasks(NamedTuple):
 
   Attributes:
     allowed: [B, W] uint32, with 32 W at least V. Bit i of word w stands for token 32 w + i.
-    constrained: [B] bool. Whether the row has a grammar. The others may choose any token.
+    constrained: [B] bool. Whether the row has a grammar. Rows without one may choose any token.
   """
 
   allowed: jax.Array | np.ndarray
@@ -179,10 +179,11 @@ def _mask(logits: jax.Array, masks: TokenMasks | None) -> jax.Array:
 
 
 def add_bias(logits: Float[Array, 'B V'], rows: SamplingArrays) -> Float[Array, 'B V']:
-  """Return the logits plus each row's bias, relative to the largest of the row: [B, V] float32.
+  """Return the logits plus each row's bias, minus the row's largest sum: [B, V] float32.
 
-  The sums are exact: float32 cannot tell 1e9 + 1 from 1e9 + 2, but their distances from the largest
-  sum it can. A sum's rounding error is found by a two-sum (Knuth) and added to the distance.
+  The differences are exact: float32 can't tell the sums 1e9 + 1 and 1e9 + 2 apart, but it can hold
+  their differences to the largest sum. A two-sum (Knuth) finds each sum's rounding error, which is
+  added to the difference.
   """
   row, ids, bias = jnp.arange(len(logits))[:, None], jnp.asarray(rows.bias_ids), rows.bias
   own = logits.at[row, ids].get(mode='clip')
@@ -206,13 +207,14 @@ def _draw(
   seeds: jax.Array,
   positions: jax.Array,
 ) -> jax.Array:
-  """Draw a token for each row from its logits [B, V], of which `top` [B, 1] are the largest."""
+  """Draw a token for each row from its logits [B, V]; `top` [B, 1] holds each row's largest."""
   vocab_size = logits.shape[1]
   hot = jnp.asarray(rows.temperature > 0)[:, None]
   top_k, top_p = jnp.asarray(rows.top_k), jnp.asarray(rows.top_p)
 
   def scaled(logits: jax.Array, top: jax.Array) -> jax.Array:
-    # Logits relative to the largest: a temperature near 0 sends the others to -inf, none to inf.
+    # The largest logit is subtracted first: a temperature near 0 then sends the others to -inf, and
+    # none to inf.
     scale = jnp.where(hot, jnp.maximum(jnp.asarray(rows.temperature), SMALLEST)[:, None], 1)
     return (logits - top) / scale
 

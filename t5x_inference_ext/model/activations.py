@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# Kind of MLP -> its nonlinearity, applied to the gate, or to the only input product.
+# Kind of MLP -> its nonlinearity, applied to the gate; without a gate, to the input product.
 _FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   'swiglu': jax.nn.swish,
   'geglu': functools.partial(jax.nn.gelu, approximate=True),

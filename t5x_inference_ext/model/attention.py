@@ -49,7 +49,7 @@ def attend(
       on the sizes of chunks.
     v: [b, t, k, q]. Values, rounded to the cache's precision.
     context: Keys and values cached before these tokens, or None.
-    first_query: Index among the t new tokens of the shard's first query.
+    first_query: Index of the shard's first query among the t new tokens.
     rules: The layer's rules for logits, or None.
 
   Returns:
@@ -114,16 +114,17 @@ def softmax_over(segments: Sequence[tuple[jax.Array, KV]], dtype: jnp.dtype) -> 
 def grouped_queries(
   q: Float[Array, 'b m h q'], new: int, kv_heads: int, first_query: Int[Array, ''] | int
 ) -> tuple[Float[Array, 'b k n q'], Bool[Array, '1 1 n t']]:
-  """Group scaled queries by key head, so that each group is one product; return their causal mask.
+  """Scale queries, and group them by key head, so that each group is one product.
 
   Args:
     q: [b, m, h, q]. Queries, not yet scaled.
     new: t, the new tokens.
     kv_heads: k.
-    first_query: Index, among the t new tokens, of the first of the m queries.
+    first_query: Index of the first of the m queries among the t new tokens.
 
   Returns:
-    Queries [b, k, n, q], n = m * (h / k), and the mask [1, 1, n, t] of new tokens that each sees.
+    Scaled queries [b, k, n, q] with n = m * (h / k), heads fastest; and the causal mask
+    [1, 1, n, t]: whether a query sees a new token.
   """
   b, m, h, d = q.shape
   group = h // kv_heads  # query heads that share a key head
@@ -135,7 +136,7 @@ def grouped_queries(
 
 
 def ungrouped(out: Float[Array, 'b k n q'], q: Float[Array, 'b m h q']) -> Float[Array, 'b m h q']:
-  """Return attention's output in the shape and dtype of q, the queries."""
+  """Return the grouped output in the shape and dtype of the queries q."""
   b, m, h, d = q.shape
   out = jnp.moveaxis(out.reshape(b, out.shape[1], m, -1, d), 1, 2)
   return out.reshape(b, m, h, d).astype(q.dtype)
@@ -149,7 +150,7 @@ def masked_logits(
   query_positions: Int[Array, 'b m'] | None = None,
   key_positions: Int[Array, '#b s'] | None = None,
 ) -> Float[Array, 'b k n s']:
-  """Return float32 logits of keys [b, s, k, q] or shared keys [s, k, q]; -inf where not visible.
+  """Return float32 logits at keys [b, s, k, q] or shared keys [s, k, q]; -inf if not visible.
 
   The positions of queries and keys are needed only if there are rules.
   """
@@ -157,8 +158,8 @@ def masked_logits(
   if keys.ndim == 3:  # one product for all rows, which reads the shared keys once
     logits = jnp.einsum('bknq,skq->bkns', q, keys, preferred_element_type=jnp.float32)
   else:
-    # dot_general keeps the operands in this order. On CPU einsum would make a transposed copy of
-    # the cache.
+    # dot_general keeps the operands in this order. On CPU, einsum would swap them and make a
+    # transposed copy of the cache.
     logits = lax.dot_general(
       q,
       jnp.moveaxis(keys, 2, 1),
@@ -173,7 +174,7 @@ def masked_logits(
 
 
 def _scaled(x: Float[Array, 'b k n s'], scales: jax.Array | None) -> Float[Array, 'b k n s']:
-  """Multiply x by int8 scales [b, s, k] or shared [s, k]; x is smaller than the keys or values."""
+  """Multiply x by int8 scales [b, s, k] or shared [s, k]: cheaper than scaling keys or values."""
   if scales is None:
     return x
   scales = scales if scales.ndim == 3 else scales[None]

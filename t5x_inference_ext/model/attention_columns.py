@@ -26,9 +26,9 @@ class AttentionColumns:
     embed axis (x)    Partial sums are reduced into heads or positions, whichever attention splits
                       over x.
     hidden axes       If attention splits rows, an all-to-all moves columns to rows. If attention
-                      splits heads, the columns stay; a single key head's columns are gathered. If
-                      columns are parts of heads, an all-to-all moves them to positions; for a
-                      single token they are gathered.
+                      splits heads, the columns stay; a single key head's columns are gathered. If a
+                      device's columns are parts of heads, an all-to-all moves columns to
+                      positions; for a single token, columns are gathered.
     positions' axes   Queries stay split, and keys and values are gathered: each device attends from
                       its own positions.
 

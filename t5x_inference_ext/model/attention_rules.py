@@ -1,7 +1,7 @@
 """Changes to attention's logits before the softmax: soft cap, position biases, windows.
 
-They need the positions of queries and keys, which every kind of cache can tell. A model without
-these features has no rules, and its programs contain none of this code.
+The rules need the positions of queries and keys, which every kind of cache provides. A model
+without these features has no rules, and its programs contain none of this code.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ class AttentionRules:
   Attributes:
     config: The model.
     positions: Positions of the new tokens.
-    by_head: This shard's query heads' biases: [heads] ALiBi slopes, or [heads, distances] T5
-      biases; None without a bias.
+    by_head: Position biases of this shard's query heads: ALiBi slopes [heads], or T5 biases
+      [heads, distances]. None if the model has neither.
     local: Whether the layer is local. A traced bool if one program runs both kinds of layers.
   """
 
@@ -92,7 +92,7 @@ def _bias(
   Args:
     by_head: [k, group] or [k, group, distances]; see AttentionRules.
     distance: [b, m, s]. Position of each query minus position of each key.
-    keys: Positions of the keys.
+    keys: [b or 1, s]. Positions of the keys.
     config: The model.
   """
   if config.positions == 'relative':
@@ -163,7 +163,7 @@ def alibi_slopes(config: ModelConfig) -> np.ndarray:
 def relative_buckets(config: ModelConfig) -> np.ndarray:
   """Return T5's bucket of each distance from 0 to relative_max_distance, int32.
 
-  The first half of the buckets hold one distance each; the widths of the others grow with the
+  Each bucket of the first half holds one distance. The widths of the other buckets grow with the
   distance, computed in float32 as in T5. The last bucket holds all larger distances.
   """
   buckets, largest = config.relative_buckets, config.relative_max_distance

@@ -1,7 +1,7 @@
 """The most likely token of each row, found where its logits lie: on the shards of the vocabulary.
 
-Greedy decoding needs no more than that. Three numbers of a row and shard are exchanged, where a
-choice among all logits moves the logits of whole rows onto one device.
+Greedy decoding needs only this token. Shards exchange three numbers for each row; any other choice
+would need all logits of a row on one device.
 """
 
 from typing import NamedTuple
@@ -18,8 +18,9 @@ class BestTokens(NamedTuple):
   """The most likely token of each of B rows.
 
   Attributes:
-    ids: [B] int32. Its id, the lowest of several; 0 in a row with NaN among its logits.
-    logits: [B] float32. Its logit.
+    ids: [B] int32. Id of the token, the lowest if several are equally likely; 0 if a logit of the
+      row is NaN.
+    logits: [B] float32. Logit of the token.
     normalizers: [B] float32. Logarithm of the sum of exp over all logits of the row. Logits that
       are not finite make it NaN or infinite.
   """
@@ -30,10 +31,10 @@ class BestTokens(NamedTuple):
 
 
 def first_of_largest(x: Float[Array, 'B V'], top: Float[Array, 'B 1']) -> Int[Array, ' B']:
-  """Return [B] int32: the lowest id of the largest value `top` [B, 1] of each row of x [B, V].
+  """Return [B] int32: the lowest id at which a row of x [B, V] has its largest value `top` [B, 1].
 
-  The result equals jnp.argmax, which XLA does not vectorize on CPU: it takes 7 times as long. A row
-  in which no value equals `top`, such as a row of NaN, gets id 0.
+  The result equals that of jnp.argmax, which takes 7 times as long on CPU, where XLA does not
+  vectorize it. A row in which no value equals `top`, such as a row of NaN, gets id 0.
   """
   ids = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
   first = jnp.min(jnp.where(x == top, ids, x.shape[1]), axis=-1)
@@ -50,7 +51,7 @@ def best_tokens(logits: Float[Array, 'b v'], vocabulary: Axes, rows: Axes) -> Be
     rows: Mesh axes that split the rows.
   """
   top = jnp.max(logits, axis=-1, keepdims=True)
-  # As float32, which is exact below 2^24.
+  # Ids are sent as float32, which is exact below 2^24.
   ids = first_of_largest(logits, top) + ops.shard_index(vocabulary) * logits.shape[1]
   # A shard may hold padding alone, whose largest logit is -inf.
   total = jnp.sum(jnp.exp(logits - jnp.where(top > -jnp.inf, top, 0)), axis=-1)

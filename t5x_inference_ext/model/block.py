@@ -121,7 +121,7 @@ class Layer:
     w: BlockPartWeights,
     part: BlockPart,
   ) -> Columns:
-    """Return the columns of a block part's input product: norm, then product."""
+    """Normalize x, and return the columns of its product with a block part's input weights."""
     config, features = self.config, self.sharding.residual[2]
     widths = column_widths(config, part, self.sharding.heads.stored.shards)
     if config.has_two_norms(part):

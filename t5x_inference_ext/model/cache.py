@@ -44,7 +44,7 @@ class KVCache:
     return positions_of(self.keys)
 
   def by_layer(self, read: int | None = None) -> Any:
-    """Return the arguments of `context` for all layers: arrays with leading L, or a tuple a layer.
+    """Return the arguments of `context` for all layers: arrays [L, ..], or a tuple for each layer.
 
     With `read`, attention reads only the first `read` positions.
     """

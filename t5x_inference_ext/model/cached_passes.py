@@ -1,6 +1,6 @@
-"""The passes that run new tokens on what a cache holds, in the decode layout.
+"""The passes that run new tokens after those in a cache, in the decode layout.
 
-One token per row, a token and its draft, or a chunk. See transformer.py.
+They run one token per row, a token and its draft, or a chunk. See transformer.py.
 """
 
 from collections.abc import Callable
@@ -80,7 +80,7 @@ class CachedPasses(ShardedModel):
     Args:
       weights, cache, tokens: See decode_step.
       head: Function of a shard's weights and residual stream after the last layer.
-      head_spec: Sharding of its results.
+      head_spec: PartitionSpecs of head's results.
     """
     sharding = self.decode_sharding(tokens.shape[0])
 
@@ -97,15 +97,15 @@ class CachedPasses(ShardedModel):
   def verify(
     self, weights: Weights, cache: AnyCache, tokens: Int[Array, 'B T'], counts: Int[Array, ' B']
   ) -> tuple[Float[Array, 'B T V'], AnyCache]:
-    """Run each row's next token and its draft, in the decode layout; return logits at all of them.
+    """Run each row's next token and draft, in the decode layout; return the logits after each.
 
-    A caller rejects tokens by lowering `lengths` of the cache: positions beyond are never read.
+    A caller rejects tokens by lowering `lengths` of the cache: no pass reads positions beyond.
 
     Args:
       weights: Weights on this model's mesh.
       cache: KVCache or PagedCache with room for the new tokens in each row.
-      tokens: [B, T] int32, right-padded. The next token of each row, then its draft. T is at most
-        the size of a page, rounded up for the mesh if the layout splits positions.
+      tokens: [B, T] int32, right-padded. The next token of each row, then its draft. In pages, T
+        must be at most a page's size, also after padding for a layout that splits positions.
       counts: [B] int32. Number of valid tokens in each row. A row with 0 keeps its cache.
 
     Returns:
@@ -153,8 +153,8 @@ class CachedPasses(ShardedModel):
       tokens: [B, T] int32, right-padded.
       counts: [B] int32. Number of valid tokens in each row. A row with 0 keeps its cache; its
         logits are meaningless.
-      read: Number of cached positions per row that attention reads, from the first on; no row has
-        more. None: all. Static.
+      read: Number of cached positions per row that attention reads, from the first on. The caller
+        must ensure that no row has more. None: all. Static.
 
     Returns:
       Logits [B, V] float32 after each row's last token, NaN in a row whose residual stream is not

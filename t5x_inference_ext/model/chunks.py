@@ -104,7 +104,7 @@ def abstract_cache(model: Model, cache: AnyCache, weights: Weights) -> AnyCache:
   """Add the decode layout's shardings to a cache of abstract arrays (from jax.eval_shape)."""
   specs = model.cache_spec(model.cache_sharding(cache.lengths.shape[0]), weights, cache)
 
-  def with_sharding(spec: P, arrays: Any) -> Any:  # all arrays of a layer's keys, or values
+  def with_sharding(spec: P, arrays: Any) -> Any:  # `arrays`: a layer's keys, or values
     sharding = NamedSharding(model.mesh, spec)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays)
 
@@ -147,7 +147,7 @@ def prefill_in_chunks(
   chunk = min(chunk, length)
   steps = -(-length // chunk)
   tokens = jnp.pad(tokens, ((0, 0), (0, steps * chunk - length)))
-  # The cache needs at least `chunk` positions, since every pass writes so many, padding included.
+  # The cache needs at least `chunk` positions: every pass writes a whole chunk, with its padding.
   cache = empty_cache(prefill, weights, rows, max(size, chunk))
 
   def step(state: tuple[jax.Array, KVCache], i: jax.Array) -> tuple[Any, None]:
@@ -155,7 +155,7 @@ def prefill_in_chunks(
     new = lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, 1)
     counts = jnp.clip(lengths - i * chunk, 0, chunk)
     chunk_logits, cache = prefill.prefill_chunk(weights, cache, new, counts)
-    # A row with NaN logits stays so. Its later chunks would look sound, because values that are not
+    # A row keeps NaN logits. Its later chunks would look sound, because values that are not
     # finite are replaced in the cache.
     new_logits = (counts[:, None] > 0) & ~jnp.isnan(logits[:, :1])
     return (jnp.where(new_logits, chunk_logits, logits), cache), None

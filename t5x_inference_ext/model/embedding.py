@@ -72,7 +72,7 @@ def _lookups(
 ) -> Float[Array, 'b t e']:
   """Return the sum of lookups; each is a pair of ids [B, T] and this shard's table [v, e_stored].
 
-  The second lookup, if there is one, is of learned positions, of which there are num_positions.
+  The second lookup, if any, is that of learned positions; num_positions is their number.
   """
   # Every device looks up all tokens, also those that only other devices keep. If only rows are
   # split, the lookup processes a part of the positions at a time, so that it never needs more
@@ -120,9 +120,9 @@ def _look_up(
 def last_positions(
   x: Float[Array, 'b t e'], lengths: Int[Array, ' b'], sharding: ActivationSharding
 ) -> Float[Array, 'b 1 e']:
-  """Return the residual stream at the last token of each row, given the rows' lengths (from 1).
+  """Return the residual stream at the last token of each row, given the rows' lengths, at least 1.
 
-  It is NaN in rows that are broken at any of their valid positions (see model.finite).
+  The result is NaN in rows that are broken at any of their valid positions (see model.finite).
   """
   positions = sharding.residual[1]
   first = ops.shard_index(positions) * x.shape[1]
@@ -173,9 +173,9 @@ def best_next_tokens(
   x: Float[Array, 'b 1 e'],
   rows: int,
 ) -> BestTokens:
-  """Return the most likely token by the logits that `unembed` returns, on every shard.
+  """Return, on every shard, each row's most likely token by the logits that `unembed` would return.
 
-  The arguments are those of unembed.
+  See unembed for the arguments.
   """
   stored, size = sharding.layout.stored_hidden, model.config.vocab_size
   products = _head_products(model, sharding, weights, x, (), rows)[:, 0]
@@ -197,7 +197,7 @@ def _head_products(
   position_axes: Axes,
   rows: int,
 ) -> Float[Array, 'r T v']:
-  """Return the products of normed x and the head: all rows, or those of this embed shard.
+  """Return the products of normed x and the head, of all rows or of this embed shard's rows.
 
   Each shard has its part of the padded vocabulary, split over the stored hidden axes.
   """

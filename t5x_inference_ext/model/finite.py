@@ -2,9 +2,9 @@
 
 Keys and values are made finite before they are cached (quantization.kv.to_cache), so that a broken
 row breaks no other. The row itself may then look sound at its later positions. So these functions
-overwrite its residual stream with NaN at the positions whose logits are computed; the final norm
-and the product with the embedding carry the NaN to every logit, also where features are split. A
-decode step of one token needs no mark: its logits come from the very residual stream that is not
+overwrite the row's residual stream with NaN at the positions whose logits are computed; the final
+norm and the product with the embedding carry the NaN to every logit, also where features are split.
+A decode step of one token needs no mark: its logits come from the very residual stream that is not
 finite.
 """
 

@@ -44,7 +44,7 @@ def target_log_probs(
     x: [b, t, e]. This shard's part of the residual stream after the last layer.
     targets: [rows, T] int32. Targets at all positions, for this shard's rows of the logits.
     logits: Function from x at some positions to float32 logits [rows, positions of all shards, V].
-      Every shard calls it with the same local positions.
+      Every shard must call it with the same local positions.
     axes: Mesh axes that split the positions of x.
     width: Number of logits per position on one device while they are computed.
     top: How many of the most likely tokens are returned with each target.

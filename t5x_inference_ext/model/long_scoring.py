@@ -31,7 +31,7 @@ LEAST_CHUNK = 128
 
 def chunk_size(model: Model, rows: int, length: int) -> int:
   """Return how many positions of a row one pass takes: `length`, or a multiple of LEAST_CHUNK."""
-  logits = rows * model.config.num_heads * length / model.mesh.size  # of one position
+  logits = rows * model.config.num_heads * length / model.mesh.size  # of one position, on a device
   if length <= LONG or logits * length <= MOST_LOGITS:
     return length
   return max(1, int(MOST_LOGITS / logits) // LEAST_CHUNK) * LEAST_CHUNK
@@ -98,12 +98,12 @@ def score_chunks(
       lambda x, new: lax.dynamic_update_slice_in_dim(x, new, i * size, 1), found, new
     )
 
-  # The first chunk is a pass of its own, for which attention reads nothing that is cached.
+  # The first chunk is a pass of its own, in which attention reads no cached positions.
   first, cache = run(0, cache, 0)
   padding = (0, 0), (0, length - size)
   found = jax.tree.map(lambda x: jnp.pad(x, (*padding, *((0, 0),) * (x.ndim - 2))), first)
   _, found = lax.fori_loop(1, count, step, (cache, found))
-  # Later chunks attend to finite values in the place of broken ones.
+  # In later chunks, attention reads finite values in the place of broken ones.
   log_probs = found.log_probs if top else found
   log_probs = jnp.where(jnp.cumsum(jnp.isnan(log_probs), axis=1) > 0, jnp.nan, log_probs)
   return found._replace(log_probs=log_probs) if top else log_probs
@@ -127,7 +127,7 @@ def score_chunk(
     tokens: [B, T] int32. Model inputs.
     targets: [B, T] int32. Target of each position.
     top: How many of the most likely tokens are returned too, as RankedTokens.
-    read: Cached positions of each row that attention reads, the first ones; None: all.
+    read: Number of cached positions per row that attention reads, from the first on; None: all.
 
   Returns:
     [B, T] float32 or RankedTokens, and the cache with the tokens in it.

@@ -33,11 +33,11 @@ class PagedContext(NamedTuple):
     values: Like keys.
     lengths: [b] int32. Filled positions of each row.
     owners: [n] int32. The row that each page belongs to.
-    starts: [n] int32. Position in its row at which each page begins.
+    starts: [n] int32. Position in the owner's row at which each page begins.
     shared_keys: [p, k, q], or None. Keys of all shared pages.
     shared_values: [p, k, q], or None.
     shared_visible: [b, pages] bool, or None. Which rows see which shared pages.
-    shared_starts: [pages] int32, or None. Position in its rows at which each shared page begins.
+    shared_starts: [pages] int32, or None. Position in the rows at which each shared page begins.
   """
 
   keys: KV
@@ -61,15 +61,16 @@ def attend_pages(
 ) -> Float[Array, 'b m h q']:
   """Attend from each new token to its row's context in pages, and to the new tokens up to itself.
 
-  A row whose logits or sums are not finite gets NaN; other rows are not affected. All pages are in
-  one product, without a limit: for few new tokens, the logits are smaller than the cache.
+  A row whose logits or sums are not finite gets NaN; other rows are not affected. One
+  product takes all pages, whatever their number: for few new tokens, the logits are smaller than
+  the cache.
 
   Args:
     q: [b, m, h, q]. Queries, rotated, not yet scaled.
     k: [b, t, k, q]. Rotated keys of the new tokens, rounded to the cache's precision.
     v: [b, t, k, q]. Values, rounded to the cache's precision.
     context: Keys and values cached before these tokens.
-    first_query: Index among the t new tokens of the shard's first query.
+    first_query: Index of the shard's first query among the t new tokens.
     rules: The layer's rules for logits, or None.
   """
   grouped, causal = grouped_queries(q, k.shape[1], k.shape[2], first_query)

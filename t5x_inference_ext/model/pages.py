@@ -23,7 +23,7 @@ from t5x_inference_ext.quantization.kv import KV, tile_positions
 # A page's number of positions must be a multiple of this: on v4, a cache of other sizes takes up to
 # 1.7 times as long to read.
 POSITIONS_MULTIPLE = 8
-# First position of a page that is not in use: beyond every row's end.
+# Entry of `starts` for a page that no row owns: beyond every row's end.
 UNUSED = 2**30
 
 
@@ -46,8 +46,8 @@ class SharedPages:
     keys: [L, NS, S, K, Q], or a tuple of L arrays [NS, S, K, Q] if the layers are unrolled.
     values: Like keys.
     visible: [B, NS] bool. Whether a row attends to a page; it then attends to the whole page.
-    starts: [NS] int32. Position in its rows at which a page begins, for attention rules (windows,
-      position biases).
+    starts: [NS] int32. Position, in the rows that read a page, at which the page begins. Only
+      attention rules (windows, position biases) use it.
   """
 
   keys: LayersKV
@@ -70,7 +70,7 @@ class PagedCache:
     lengths: [B] int32. Number of filled positions of each row, including those in shared pages.
     table: [B, M] int32. The page that holds positions [m * S, (m + 1) * S) of a row.
     owners: [N] int32. The row, numbered on its device, that a page belongs to.
-    starts: [N] int32. Position in its row at which a page begins; UNUSED if no row owns the page.
+    starts: [N] int32. Position in the owner's row at which a page begins; UNUSED without an owner.
     shared: Shared pages, which come before a row's own pages; or None.
     read: Number of pages per device that attention reads, from the first on; all pages in use are
       among them. Static.
@@ -93,9 +93,9 @@ class PagedCache:
     return kv_cache.positions_of(self.keys)
 
   def by_layer(self, read: int | None = None) -> Any:
-    """Return the arguments of `context` for all layers: layer indices, or one tuple a layer.
+    """Return the arguments of `context` for all layers: layer indices, or one tuple per layer.
 
-    `read` must be None: the field `read` of the cache says how many pages attention reads.
+    `read` must be None: the cache's field `read` gives the number of pages that attention reads.
     """
     assert read is None
     if not isinstance(self.keys, tuple):

@@ -101,9 +101,9 @@ def chosen_angles(
 def _stretched(timescale: jax.Array, config: ModelConfig) -> jax.Array:
   """Return a model's timescales after rope_scaling.
 
-  With 'llama3', a wavelength is multiplied by rope_factor if fewer than rope_low_factor of it fit
-  into the original context length, kept if at least rope_high_factor fit, and interpolated in
-  between.
+  With 'llama3', let n be how often a wavelength fits into the original context length. It is
+  multiplied by rope_factor if n < rope_low_factor, kept if n >= rope_high_factor, and interpolated
+  in between.
   """
   c = config
   if c.rope_scaling == 'none':

@@ -64,7 +64,7 @@ class WeightStationary:
       y = self._gathered(y)
       y = int8.matmul(y, w.w_in, w.in_scale)
     dim = self.sharding.reduce_scatter_dim(self.block_part)
-    y = self._sum_columns(y, dim)  # all columns, before cutting them
+    y = self._sum_columns(y, dim)  # all columns at once, before they are cut
     # If MLP and attention columns are one array, attention's output is later written into it,
     # beside the MLP's. So the MLP's slice keeps the columns after it as room; their values are
     # ignored.
@@ -78,7 +78,7 @@ class WeightStationary:
   def inputs_of_two_norms(
     self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
   ) -> Columns:
-    """Multiply y, scaled by each column's own norm, by w_in.
+    """Scale y by the norms of attention and of the MLP, and multiply by their columns of w_in.
 
     One gather of y serves both norms. A ring runs once for each norm.
 
@@ -110,7 +110,7 @@ class WeightStationary:
     return columns
 
   def outputs(self, columns: list[jax.Array], w: BlockPartWeights) -> Float[Array, 'b t e']:
-    """Multiply columns, in the order of w_out's rows, by w_out. Does not apply out_scale."""
+    """Multiply `columns`, joined in the order of w_out's rows, by w_out, without out_scale."""
     layout = self.sharding.layout
     y = _side_by_side(columns, w.w_out.shape[0])
     dim = self.sharding.reduce_scatter_dim(self.block_part)
@@ -162,7 +162,7 @@ def _side_by_side(columns: list[jax.Array], width: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class WeightGathered:
-  """Gathers weights to the activations, one matrix at a time: a whole layer's would not fit."""
+  """Gathers weights to the activations, one matrix at a time: a whole layer would not fit."""
 
   sharding: ActivationSharding
   gatherer: Gatherer
@@ -194,7 +194,7 @@ class WeightGathered:
   def inputs_of_two_norms(
     self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
   ) -> Columns:
-    """Multiply y by w_in; see WeightStationary."""
+    """Scale y by two norms, and multiply by w_in; see WeightStationary."""
     y = ops.all_gather(y, self.sharding.layout.hidden_axes, self._residual_dim)  # [b, t, E]
     attention, mlp = _scaled_by_two_norms(y, w)
     return self._columns({**dict.fromkeys(widths, mlp), 'attention': attention}, w, widths)
@@ -215,7 +215,7 @@ class WeightGathered:
     return columns
 
   def outputs(self, columns: list[jax.Array], w: BlockPartWeights) -> Float[Array, 'b t e']:
-    """Multiply columns, in the order of w_out's rows, by w_out. Does not apply out_scale."""
+    """Multiply `columns`, joined in the order of w_out's rows, by w_out, without out_scale."""
     products, start = [], 0
     copies = ops.axis_size(self._hidden)
     for x in columns:

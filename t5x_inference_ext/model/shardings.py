@@ -154,7 +154,7 @@ class ShardedModel:
   def constrained(self, cache: Any, sharding: ActivationSharding, weights: Weights) -> Any:
     """Return the cache, a KVCache or PagedCache, constrained to `sharding`."""
 
-    def constrain(spec: P, x: KV) -> KV:  # all arrays of a layer's keys, or values
+    def constrain(spec: P, x: KV) -> KV:  # x: a layer's keys, or values
       return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
     return jax.tree.map(constrain, self.cache_spec(sharding, weights, cache), cache)

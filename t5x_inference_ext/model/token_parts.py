@@ -18,10 +18,10 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.layout import num_shards
 
-# Kinds of TPU that run gathers and permutes beside products, by the options of
-# compiler_options.py, but no reduce-scatters.
+# Kinds of TPU that, with the options of compiler_options.py, run gathers and permutes beside
+# products, but no reduce-scatters.
 _KINDS = ('TPU v4', 'TPU v5', 'TPU v5p')
-# Fewest tokens of a pass that is cut in two. A step of 512 rows in bfloat16 gained nothing by it.
+# Fewest tokens of a pass that is cut in two. A step of 512 rows in bfloat16 gained nothing from it.
 MIN_TOKENS = 1024
 # Fewest consecutive tokens of a half on a shard: a tile of memory.
 _MIN_RUN = 8
@@ -43,7 +43,7 @@ class TokenParts:
   block: int = 1
 
   def split(self, x: Shaped[Array, 'b t *rest']) -> tuple[jax.Array, ...]:
-    """Return the parts of x [b, t, ..], whose tokens are whole blocks."""
+    """Return the parts of x [b, t, ..]. The tokens of x must fill whole blocks."""
     if self.count == 1:
       return (x,)
     lead, rest = x.shape[: self.dim], x.shape[self.dim + 1 :]
@@ -54,7 +54,7 @@ class TokenParts:
     return tuple(part.reshape(*lead, -1, *rest) for part in parts)
 
   def join(self, parts: Sequence[jax.Array]) -> jax.Array:
-    """Return the array of which `split` returns these parts."""
+    """Return the array that `split` cuts into these parts."""
     if self.count == 1:
       return parts[0]
     lead, rest = parts[0].shape[: self.dim], parts[0].shape[self.dim + 1 :]

@@ -28,7 +28,7 @@ class Model(CachedPasses):
 
   @property
   def prefilling(self) -> 'Model':
-    """A copy of this model that uses the prefill layout in both phases, and so for its caches."""
+    """A copy of this model that uses the prefill layout in both phases, also for its caches."""
     return dataclasses.replace(self, decode_layout=self.prefill_layout)
 
   def prefill(
@@ -121,7 +121,7 @@ class Model(CachedPasses):
 
       x = mark_broken_before(x, position_axes)
       found = target_log_probs(x, targets, logits, position_axes, width)
-      assert isinstance(found, jax.Array)  # RankedTokens only where more tokens are asked for
+      assert isinstance(found, jax.Array)  # RankedTokens are returned only with `top`
       return found
 
     tokens, targets = (self.pad_tokens(ids, sharding.layout) for ids in (tokens, targets))

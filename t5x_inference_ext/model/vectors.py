@@ -1,8 +1,8 @@
 """Norms and biases of all layers: each shard's slices, taken before the loop over layers.
 
 Vectors are replicated on every device. A shard takes the slice that matches its part of the
-activation to which the vector is added or multiplied. That happens after the sums over devices are
-complete, so a bias is added once.
+activation. The vector is added to the activation, or multiplied by it, after the sums over devices
+are complete, so a bias is added once.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from t5x_inference_ext.model.weights import BlockPartWeights
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.layout import Axes
 
-# Field -> kind of heads that the vector belongs to. It is cut to [.., heads, Q] for the shard's
-# heads.
+# Fields whose vectors belong to query heads, and to key heads. A vector is cut to [.., heads, Q]
+# for the shard's heads.
 _QUERY_VECTORS = ('query_bias', 'query_norm', 'query_norm_bias')
 _KEY_VECTORS = ('key_bias', 'key_norm', 'key_norm_bias', 'value_bias')
 _HEAD_VECTORS = _QUERY_VECTORS + _KEY_VECTORS
@@ -109,7 +109,7 @@ def take_heads(
   if None in heads:
     x = jnp.concatenate([x, jnp.zeros_like(x[..., :1, :])], axis=-2)
   indices = [x.shape[-2] - 1 if head is None else head for head in heads]
-  if indices == [*range(x.shape[-2])]:  # heads divide evenly
+  if indices == [*range(x.shape[-2])]:  # in order, without padding or repeats
     return ops.local_slice(x, axes, x.ndim - 2)
   local = ops.local_slice(jnp.asarray(indices, jnp.int32), axes, 0)
   return jnp.take(x, local, axis=-2)

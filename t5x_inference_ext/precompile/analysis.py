@@ -1,6 +1,6 @@
-"""Compile a phase of a model for a slice, choose its layout, and estimate its time.
+"""Compile a phase of a model for a slice, choose the phase's layout, and estimate its time.
 
-If the phase does not fit, the answer lists changes that would make it fit.
+If the program does not fit into memory, the answer lists changes that make it fit.
 """
 
 from collections.abc import Callable
@@ -108,8 +108,8 @@ def analyze(
     mesh: str or None. 'XxYxZ' over the whole slice. By default a mesh along its torus.
     cache: str or None. Dtype of the KV cache: 'int8', or None for bfloat16.
     scan_layers: bool or None. True for one loop over all layers; by default the layers are
-      unrolled. In the search for a layout, a model with many layers is compiled as a loop, which
-      tells in seconds whether it fits, and with a few unrolled layers, which tell its time.
+      unrolled. In the search for a layout, a model with many layers is compiled as a loop, to see
+      in seconds whether it fits, and with a few unrolled layers, to estimate its time.
     prompt: int or None. Tokens of each row in one pass; see CompileCase.
     max_new_tokens: int. New tokens of each row in 'generate'.
     sampling: SamplingParams. How 'generate', 'slots' and 'admit' choose tokens.
@@ -160,7 +160,7 @@ def analyze(
 
 
 def _quick(case: CompileCase) -> CompileCase:
-  """Return the case with its layers as a loop, if compiling them unrolled would take minutes."""
+  """Return the case with its layers as a loop if unrolled ones would take minutes to compile."""
   many = case.config.num_layers > MAX_UNROLLED_LAYERS
   return dataclasses.replace(case, scan_layers=case.stacked or many)
 
@@ -168,19 +168,19 @@ def _quick(case: CompileCase) -> CompileCase:
 def _best_layout(
   case: CompileCase, compiled: Callable[[CompileCase], _Result]
 ) -> tuple[_Result, tuple[Tried, ...]]:
-  """Return the program with the smallest estimate, or the smallest shortage; and all tried."""
+  """Return the program with the smallest estimate, else the smallest shortage; and all tried."""
   results: list[tuple[tuple[bool, float], _Result]] = []
   tried: list[Tried] = []
   refusal: MeshError | None = None
   candidates = case.kind.layouts
   quick = _quick(case) if len(candidates) > 1 else case
-  # A loop's time may rank layouts otherwise than the unrolled program that will run.
+  # Programs with a loop may rank layouts differently from the unrolled programs that will run.
   extrapolated = quick.stacked and not case.stacked
   for text in candidates:
     layout = Layout.parse(text)
     try:
       program, found = compiled(dataclasses.replace(quick, layout=layout))
-    except MeshError as e:  # it can't split the rows, or share weights with the other phase
+    except MeshError as e:  # the layout can't split the rows, or share weights with the other phase
       tried.append(Tried(text, None, str(e)))
       refusal = refusal or e
       continue

@@ -1,12 +1,12 @@
-"""Asynchronous operations of a compiled program: where each starts, runs on, and ends.
+"""Asynchronous operations of a compiled program: where each starts, continues, and ends.
 
 Two forms are found:
 
 - Pairs of instructions such as all-gather-start and all-gather-done, some with updates between.
 - Chains of fusions, which the compiler writes for v5e, v5p and v6e ("asynchronous collective
   fusion"). The first fusion starts the collective, the last one waits for it, and those between
-  them compute something else, such as a product, while the collective runs on. The text repeats the
-  collective inside each fusion of the chain; it is sent once.
+  them compute something else, such as a product, while the collective continues. The text repeats
+  the collective inside each fusion of the chain, although it runs only once.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class AsyncStep:
 
   Attributes:
     start: str. Name of the instruction that starts the operation, in the same computation.
-    begins: bool. Whether this instruction is the one that starts it.
+    begins: bool. Whether this instruction is the one that starts the operation.
     ends: bool. Whether the instruction waits for the operation's end.
     computes: bool. Whether the instruction computes something of its own meanwhile.
   """
@@ -38,7 +38,7 @@ class AsyncStep:
 
   @property
   def follows(self) -> bool:
-    """Whether the instruction only carries on, or ends, what another one started."""
+    """Whether the instruction continues or ends an operation that another one started."""
     return not self.begins and not self.computes
 
 
@@ -72,7 +72,7 @@ def async_step(
 
 
 def _chain(module: Module, i: Instruction) -> tuple[str, ...] | None:
-  """Return what identifies the chain that a fusion is part of, or None."""
+  """Return a key of the chain that a fusion is part of, or None."""
   if i.opcode != 'fusion':
     return None
   for inner in module.inside(i):
@@ -84,7 +84,7 @@ def _chain(module: Module, i: Instruction) -> tuple[str, ...] | None:
 def _before(
   module: Module, computation: Computation, i: Instruction, chain: tuple[str, ...]
 ) -> Instruction | None:
-  """Return the previous fusion of a chain: it hands on what the collective has received so far."""
+  """Return the previous fusion of a chain, which passes on the data received so far."""
   for name in i.operands:
     source = computation[name]
     while source.opcode in ('get-tuple-element', 'bitcast'):

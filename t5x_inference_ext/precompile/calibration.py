@@ -1,21 +1,21 @@
-"""The estimate corrected by category, for chips on which other programs were measured.
+"""Corrections of estimates by category of operations, for chips on which programs were measured.
 
-Two published programs were compiled as they are, and estimated like any other; their measured times
-then gave a factor for each category of operations:
+Two published programs were compiled unchanged, and their times estimated. Comparison with their
+published measured times gave a factor for each category of operations:
 
   v4    The layer of Pope et al. (2022), rebuilt operation by operation: nine cases of PaLM 62B and
-        540B, prefill and decode (their Table 2 and appendix C). Bytes of collectives are right, but
-        each collective takes about 3 us more; copies and elementwise operations take a quarter to a
-        third of their estimates; products are right. Five numbers for nine cases, which then come
-        out within -8 to +5%; each case predicted from the eight others within -10 to +12%.
+        540B, prefill and decode (their Table 2 and appendix C). Estimates of products are right;
+        collectives take about 3 us each in addition to theirs; copies and elementwise operations
+        take a quarter to a third of theirs. Five numbers are fitted to nine cases, with errors of
+        -8 to +5%; predicted from the other eight, each case has an error of -10 to +12%.
   v5e   Llama 3.1 70B of jax-llm-examples (llama3/README.md: 6.29 to 25.4 ms a step on 16 chips), a
         profile of one layer, and gathers measured in "How to Scale Your Model". Products of few
         rows with prefetched weights take two thirds of their estimates, operations below 2.1 us
         three tenths, collectives of 4 chips 1.2 times (megabytes) to 1.5 times (below 200 kB).
-        Seven published cases come out within -6 to +12%.
+        The errors in seven published cases are -6 to +12%.
 
-No factor covers prefetches of programs written out, collectives of 32 chips, or the host. Nothing
-measured is known for v5p and v6e: they have no calibrated time.
+The factors do not cover prefetches in unrolled programs, collectives of 32 chips, or the host. No
+measurements are known for v5p and v6e: they have no calibrated time.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,10 +33,10 @@ class CalibratedTime:
   """A program's time, corrected by category.
 
   Attributes:
-    serial_seconds: float. With nothing overlapped.
-    overlapped_seconds: float. With what the schedule overlaps.
-    spread: tuple of float. How far the corrected times of the measured programs lay from their
-      measured times, as shares: (-0.1, 0.12) is 10% below to 12% above.
+    serial_seconds: float. Time with nothing overlapped.
+    overlapped_seconds: float. Time if asynchronous operations overlap as in the schedule.
+    spread: tuple of float. Lowest and highest relative error of the corrected times of the measured
+      programs: (-0.1, 0.12) is 10% too low to 12% too high.
     source: str. The programs that the factors come from.
   """
 
@@ -99,7 +99,7 @@ def _on_v5e(cost: OperationCost, seconds: float) -> float:
   if cost.collective:
     if cost.collective.kind == 'all-reduce':
       return 1.09 * seconds
-    # From 1.5 at 200 kB to 1.2 at 1 MB, evenly over the logarithm of the bytes.
+    # From 1.5 at 200 kB to 1.2 at 1 MB, linear in the logarithm of the bytes.
     small, large = math.log(200e3), math.log(1e6)
     share = (math.log(max(cost.bytes, 1)) - small) / (large - small)
     return (1.5 - 0.3 * min(max(share, 0.0), 1.0)) * seconds

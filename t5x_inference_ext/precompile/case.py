@@ -18,13 +18,13 @@ from t5x_inference_ext.sharding.layout import Layout
 
 GREEDY = SamplingParams()
 CHUNK = SchedulerConfig.prefill_chunk
-CHECKED = 9  # tokens of a row in 'verify': its last one and a draft of 8
+CHECKED = 9  # tokens of a row in 'verify': the last one and a draft of 8
 _GROUP = 'Program'
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileCase:
-  """A phase to compile, without its devices. Fields made with `option` have their help text there.
+  """A phase to compile, without its devices. Fields made with `option` are described there.
 
   Attributes:
     config: ModelConfig. The model.

@@ -31,8 +31,8 @@ class HloCollective:
   Attributes:
     kind: str. One of HLO_COLLECTIVES.
     size: int. Devices in a group; 2 for a collective-permute.
-    bytes: int. Bytes that its time is computed from: an all-gather's result, a reduce-scatter's
-      operand; for other kinds operand and result are equal.
+    bytes: int. Bytes from which the time is computed: those of an all-gather's result, or of the
+      operand for other kinds.
     axes: tuple of str. The mesh axes along which the devices of a group differ.
     pairs: tuple of (source, target). The devices of a collective-permute.
     groups: tuple of tuples of int. The devices of each group.
@@ -52,7 +52,7 @@ def find_collective(
   """Return the collective that an instruction runs or starts, or None.
 
   A collective inside a fusion or an asynchronous operation is found too. A fusion of an all-reduce
-  that keeps only a slice of the sum sends as much as a reduce-scatter, and counts as one. An
+  that keeps only a slice of the sum counts as a reduce-scatter, which sends as many bytes. An
   asynchronous collective counts where it starts (see asynchronous.async_step).
 
   Args:
@@ -80,7 +80,7 @@ def find_collective(
     kind = 'reduce-scatter'
   groups = replica_groups(i, module.partitions)
   size = len(groups[0])
-  # The result of an asynchronous start depends on the kind; the operands do not.
+  # The result type of an asynchronous start depends on the kind; the operands do not.
   gathered = operand * size if kind == 'all-gather' else operand
   return HloCollective(kind, size, gathered, _axes(groups, mesh), groups=groups)
 
@@ -88,8 +88,8 @@ def find_collective(
 def replica_groups(instruction: Instruction, partitions: int) -> tuple[tuple[int, ...], ...]:
   """Return the groups of devices of a collective.
 
-  The text lists them, {{0,1},{2,3}}, or enumerates them, [2,2]<=[2,2]T(1,0). A text without groups
-  means one group of all devices.
+  The text lists the groups, {{0,1},{2,3}}, or describes them by a transposed range of devices,
+  [2,2]<=[2,2]T(1,0). Without groups in the text, all devices are one group.
 
   Args:
     instruction: Instruction. The collective.
@@ -117,8 +117,8 @@ def seconds(
 ) -> float:
   """Return the time in seconds of a collective with no other traffic on its links.
 
-  A collective-permute takes its bytes over one link, and one hop. sharding.links has the time of
-  the other kinds, from the links between the chips of each group.
+  A collective-permute sends its bytes over one link, with one hop. For other kinds, sharding.links
+  computes the time from the links between the chips of each group.
 
   Args:
     collective: HloCollective. The collective.

@@ -7,20 +7,20 @@ The serial estimate assumes that everything runs in sequence, without overlap:
   its bytes, read and written, over the HBM bandwidth, and its FLOPs over the bf16 peak. Reports
   list such instructions by name. An in-place dynamic-update-slice reads and writes only its update.
   Asynchronous copies into on-chip memory count as no time: they overlap with the rest.
-- A link carries hardware.Chip's bytes per second in each direction. A ring of the torus that a
-  collective's groups fill brings two links to a chip, and takes size/2 hops; a chain, or a part of
-  a ring, brings one, and takes size-1 hops (sharding.links: the model of the planner and of the
-  choice of a mesh too). Of two simultaneous collective-permutes in opposite directions only the
-  longer counts.
-- A collective that fusions carry on while they compute counts once, where it starts; what they
+- A link carries hardware.Chip's bytes per second in each direction. If a collective's groups fill a
+  ring of the torus, each chip has two links and data takes size/2 hops. In a chain, or a part of a
+  ring, each chip has one link and data takes size-1 hops. The planner and the choice of a mesh use
+  this model too (sharding.links). If two collective-permutes run at the same time in opposite
+  directions, only the longer one counts.
+- A collective that continues inside several fusions counts once, where it starts; what the fusions
   compute counts as compute.
-- Loops multiply by their trip counts. Of a conditional, the longest branch counts.
+- Instructions in a loop count once per turn. Only the longest branch of a conditional counts.
 
-In the overlapped estimate the schedule is run through in order, with asynchronous collectives and
-copies beside the rest (schedule.py).
+The overlapped estimate simulates the schedule in order: asynchronous collectives and copies run
+beside other instructions (schedule.py).
 
-Estimates are no measurements: they rank programs, and show where time is spent. For chips whose
-estimates could be compared with measured programs, calibration.py corrects them by category.
+Estimates are not measurements: they rank programs, and show where time is spent. For chips on which
+programs were measured, calibration.py corrects the estimates by category of operations.
 """
 
 import collections
@@ -51,10 +51,10 @@ class Estimate:
   Attributes:
     costs: tuple of OperationCost. Every instruction that runs, in the order of the schedule, except
       the ends of asynchronous ones.
-    unknown_loops: tuple of str. Loops whose trip count is not in the text. They count once, so that
-      the sums are too small.
+    unknown_loops: tuple of str. Loops whose trip count is not in the text. They count as one turn,
+      so that the sums are too small.
     weight_copies: tuple of WeightCopy. Weights and caches that the program writes to HBM again.
-    calibrated: CalibratedTime or None. The times corrected by what was measured on this chip.
+    calibrated: CalibratedTime or None. Times corrected by measurements on this kind of chip.
   """
 
   costs: tuple[OperationCost, ...]

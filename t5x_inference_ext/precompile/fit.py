@@ -32,7 +32,7 @@ class Shortage:
     case: CompileCase. The case that was to be compiled.
     slice: TpuSlice. The chips that it was to run on.
     needed: int or None. Bytes of arguments, results and temporaries on a chip; None if the compiler
-      does not report it.
+      does not report them.
     available: int. Bytes of a chip that a program may use.
     weights: int. Bytes of the weights on a chip, by arithmetic.
     cache: int. Bytes of the KV cache on a chip, by arithmetic.
@@ -179,7 +179,7 @@ def _promising(case: CompileCase, slice_: TpuSlice, limit: int) -> bool:
 
 def _other_layouts(shortage: Shortage) -> _Candidates:
   case, limit = shortage.case, shortage.available
-  if case.kind.cache_decides:  # temporaries don't matter: only a smaller cache can help
+  if case.kind.cache_decides:  # temporaries are about equal: only a smaller cache can help
     limit = min(limit, shortage.weights + shortage.cache)
   for text in case.kind.layouts:
     layout = Layout.parse(text)

@@ -24,7 +24,7 @@ class Instruction:
     attributes: str. Text after the operands.
     cycles: int or None. The cycles that the compiler estimates.
     op_name: str. Name of the JAX operation that the instruction comes from, or ''.
-    frame: int. The stack frame in the user's program (Module.functions), or 0.
+    frame: int. Number of the stack frame in the user's program (Module.functions), or 0.
     is_root: bool. Whether the instruction's result is the computation's result.
   """
 
@@ -140,7 +140,7 @@ class Module:
     computations: dict. Name -> computation.
     entry: Computation. The computation that the program starts with.
     partitions: int. Number of devices that run the program together.
-    frames: dict. Stack frame -> (function, the calling frame or 0).
+    frames: dict. Number of a stack frame -> (function, number of the calling frame or 0).
   """
 
   computations: dict[str, Computation]
@@ -154,7 +154,7 @@ class Module:
     return self.computations[name] if name else None
 
   def body(self, instruction: Instruction, role: str = 'calls') -> Computation:
-    """Return the computation that an instruction must call, such as a fusion or a loop.
+    """Return the computation that an instruction calls; one must exist, as for a fusion or loop.
 
     Raises:
       HloError: The instruction calls no computation in this role.

@@ -67,7 +67,7 @@ def parse_hlo(text: str) -> Module:
 
 
 def _frames(tables: _Tables) -> dict[int, tuple[str, int]]:
-  """Return stack frame -> (function, the calling frame or 0)."""
+  """Return number of a stack frame -> (function, number of the calling frame or 0)."""
 
   def field(table: str, number: int, name: str, default: int = 0) -> int:
     row = tables.get(table, {}).get(number)

@@ -41,7 +41,7 @@ class Executed:
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-  """A scalar: an element of the loop's state (None: 0) plus a constant."""
+  """A scalar: element number `element` of the loop's state (None: no element), plus a constant."""
 
   element: int | None
   constant: int
@@ -85,9 +85,9 @@ def trip_count(
 ) -> int | None:
   """Return the number of turns of a while instruction, or None if the text does not determine it.
 
-  If the compiler noted the number, it is returned. Otherwise it is derived from the condition, if
-  that compares an element of the state with a constant, and the element starts at a constant and
-  changes by a constant in every turn.
+  The number is taken from the compiler's annotation, if there is one. Otherwise it is derived from
+  the condition, if the condition compares an element of the state with a constant, and if this
+  element starts at a constant and changes by a constant in every turn.
 
   Args:
     module: Module. The program.
@@ -144,7 +144,7 @@ def _comparison(module: Module, stack: _Stack, name: str) -> tuple[str, _Value, 
 def _value(module: Module, stack: _Stack, name: str) -> _Value | None:
   """Return the scalar that `name` refers to in the innermost computation.
 
-  Return None if it is neither an element of the loop's state nor a constant.
+  Return None unless the scalar is an element of the loop's state plus a constant, or a constant.
   """
   where, fusion = stack[-1]
   i = where[name]
@@ -209,7 +209,7 @@ def _start(
     return None
   if found.element is None:
     return found.constant + value.constant
-  # The value comes from the state of the surrounding loop, which must leave it unchanged.
+  # The value comes from the surrounding loop's state. That loop must leave the value unchanged.
   if not outer or _after_turn(module, computation, found.element) != _Value(found.element, 0):
     return None
   (around, enclosing), *rest = outer

@@ -14,8 +14,8 @@ class CompiledMemory:
 
   Attributes:
     weights: int. The weights, which are arguments.
-    cache: int. The KV cache, if it is an argument or a result. The cache of a whole generation is
-      among the temporaries.
+    cache: int. The KV cache, if it is an argument or a result. The cache of 'generate' is among the
+      temporaries.
     other: int. Tokens, lengths and logits that are arguments or results, and the program's code.
     temporaries: int. Further memory that the program needs while it runs.
     available: int or None. Memory that a program may take in total; None if unknown (CPU).

@@ -37,7 +37,7 @@ class OperationCost:
   Attributes:
     name: str. Name of the instruction.
     opcode: str. Its opcode.
-    op_name: str. Name of the JAX operation that it comes from, or ''.
+    op_name: str. Name of the JAX operation that the instruction comes from, or ''.
     kind: str. One of OPERATION_KINDS. 'matmul': a matrix product outside attention. 'attention':
       anything inside attention. 'copy': moves bytes and keeps their layout. 'relayout': moves bytes
       into another layout.
@@ -47,12 +47,12 @@ class OperationCost:
       links, or the memory. Equal to `seconds`, except for copies into on-chip memory, which are
       free in the serial estimate.
     exposed_seconds: float. Total time that the schedule waits for the operation in the overlapped
-      estimate; `seconds` for what runs alone.
-    bytes: int. Bytes read and written in one run; for a collective, the bytes that its time is
-      computed from.
+      estimate; equal to `seconds` for operations that are not asynchronous.
+    bytes: int. Bytes read and written in one run; for a collective, the bytes from which its time
+      is computed.
     flops: int. FLOPs of the matrix products in one run.
-    estimated: bool. Whether the time comes from the compiler's cycles.
-    in_layer_loop: bool. Whether it runs inside the longest loop, or a loop within that one.
+    estimated: bool. Whether the time is computed from the compiler's estimate of cycles.
+    in_layer_loop: bool. Whether it runs inside the longest outermost loop, however deep.
     collective: HloCollective or None. The collective that it runs.
     functions: tuple of str. Functions of the user's program around it, innermost first.
     step: AsyncStep or None. Its part in an asynchronous operation.
@@ -143,7 +143,7 @@ def _prefetches(module: Module, i: Instruction) -> bool:
 
 
 def _kind(module: Module, computation: Computation, i: Instruction, work: int) -> str:
-  # A fusion has the op_name of its root, but the op_name of the product in it tells more.
+  # A fusion has the op_name of its root; the op_name of a product in the fusion is more useful.
   product = next((p for p in module.inside(i) if p.opcode in ('dot', 'convolution')), i)
   if any(_ATTENDS.search(f) for f in (*module.functions(product), *module.functions(i))):
     return ATTENTION

@@ -16,7 +16,7 @@ class CompilePhase:
       decode and new_tokens.
     layouts: tuple of str. Layouts to try, in this order, if none is requested (docs/layouts.md says
       what each is good for).
-    unit: str. Name of one pass, whose time is reported, such as 'step' or 'chunk'.
+    unit: str. Name of the pass whose time is reported, such as 'step' or 'chunk'.
     one_token: bool. Whether each row takes one token per pass, so that there is no prompt length T.
     slot_refill: bool. Whether the phase belongs to slot refill (engine.slots), not static batches.
     cache_decides: bool. Whether layouts differ in the cache's size, not in temporaries. Then only a

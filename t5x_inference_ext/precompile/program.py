@@ -67,8 +67,8 @@ class Program:
 def _dumped_text(case: CompileCase, mesh: Mesh) -> str | None:
   """Compile again, and return the text that the compiler dumps to a file, or None.
 
-  jaxlib can't convert every program of a newer compiler to text, such as v5p's and v6e's lookups on
-  sparse cores.
+  jaxlib can't convert some programs of a newer compiler to text, such as those with lookups on the
+  SparseCores of v5p and v6e.
   """
   function, arguments = phase_function(case, mesh)
   with tempfile.TemporaryDirectory() as directory:
@@ -86,7 +86,7 @@ def compile_case(case: CompileCase, mesh: Mesh, available: int | None = None) ->
   Args:
     case: CompileCase. What to compile.
     mesh: Mesh with axes x, y, z.
-    available: int or None. Bytes of a chip that a program may take, kept in Program.memory.
+    available: int or None. Bytes of a chip that a program may take; goes into Program.memory.
 
   Raises:
     MeshError: The mesh does not divide the model, or the layout can't split the batch.
@@ -123,7 +123,7 @@ def phase_function(case: CompileCase, mesh: Mesh) -> tuple[jax.stages.Wrapped, t
 
   def choose(logits: jax.Array) -> jax.Array:
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # Replicate the tokens, as the next step's embedding needs them.
+    # Replicate the tokens: the next step's embedding needs all of them on every device.
     return jax.lax.with_sharding_constraint(tokens, whole)
 
   if case.phase == 'prefill':

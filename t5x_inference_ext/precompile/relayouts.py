@@ -1,4 +1,4 @@
-"""Copies of weights and KV caches: instructions that write them to HBM again.
+"""Copies of weights and KV caches: instructions that write weights or caches to HBM again.
 
 Such copies should not be needed: weights and caches are stored in the layout in which they are
 used.
@@ -110,7 +110,7 @@ def _changes(module: Module, computation: Computation, i: Instruction) -> bool:
 
 
 def _origin(body: Computation, i: Instruction) -> Instruction:
-  """Return the instruction of a fusion whose result `i` slices or copies."""
+  """Return the instruction of a fusion from whose result `i` is sliced or copied."""
   while i.opcode in _MOVED_WHOLE:
     i = body.operands(i)[0]
   return i

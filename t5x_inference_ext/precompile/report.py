@@ -125,7 +125,7 @@ def _time(answer: Answer) -> Iterator[str]:
 
 
 def _calibrated(answer: Answer) -> str:
-  """Return the time corrected by category, or why there is none."""
+  """Return the text of the time corrected by category, or of the reason why there is none."""
   found = answer.compiled[1].calibrated
   if found is None:
     return f'  calibrated: no program was measured on {answer.slice.kind}'
@@ -139,7 +139,7 @@ def _calibrated(answer: Answer) -> str:
 
 
 def _between(value: float, serial: float, overlapped: float, form: str) -> str:
-  """Return a value divided by both times; only one text if the two are equal."""
+  """Return the text of a value divided by each time: one number if both are equal as text."""
   low, high = f'{value / serial:{form}}', f'{value / overlapped:{form}}'
   return low if low == high else f'{low} to {high}'
 

@@ -1,11 +1,11 @@
-"""The overlapped time of a program: its schedule run through in order.
+"""The overlapped time of a program, by simulation of its schedule in order.
 
-A chip has three resources here. Its cores run one instruction after another. Its links carry one
-collective at a time, its memory one asynchronous copy at a time (prefetches into on-chip memory, or
-copies within HBM). An asynchronous operation occupies its resource from its start, or from when the
-resource is free, and the instruction that ends it waits for what is left.
+The simulated chip has three resources. Its cores run one instruction after another. Its links carry
+one collective at a time. Its memory serves one asynchronous copy at a time, into on-chip memory or
+within HBM. An asynchronous operation occupies its resource from its start, or as
+soon as the resource is free. The instruction that ends the operation waits until it is complete.
 
-What cores read from memory while they compute is not counted against asynchronous copies.
+Reads by the cores while they compute do not slow down asynchronous copies here.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from t5x_inference_ext.precompile.loops import Executed
 from t5x_inference_ext.precompile.operations import OperationCost
 
-# A stretch of the schedule, and the name of an operation that starts there.
+# Key of a stretch of the schedule (see `stretch`), and the name of an operation that starts there.
 _Key = tuple[tuple[object, ...], str]
 
 
@@ -30,8 +30,8 @@ def exposed_seconds(
 ) -> list[float]:
   """Return for each instruction the time that the schedule spends on it.
 
-  The times of all runs of a loop are added up: within a loop's body all of them are multiplied by
-  its turns alike, so that they can be compared.
+  The times of all runs of an instruction are added up. Within one stretch of the schedule, all
+  instructions run equally often, so these sums can be compared.
 
   Args:
     runs: sequence of Executed. The instructions in the order of the schedule.
@@ -40,8 +40,8 @@ def exposed_seconds(
     busy: function. Returns the time for which an asynchronous operation occupies its resource.
 
   Returns:
-    The times in seconds. For an asynchronous operation it is the time that its end waits, given to
-    its start. Their sum is the overlapped time.
+    The times in seconds; their sum is the overlapped time. The time for which the end of an
+    asynchronous operation waits is counted at the operation's start.
   """
   found = [0.0] * len(runs)
   now, links_free, memory_free = 0.0, 0.0, 0.0
@@ -50,7 +50,7 @@ def exposed_seconds(
     step, begin = cost.step, now
     if step and step.begins:
       seconds = busy(cost)
-      if not seconds:  # in a branch that does not run; or sent beside a longer one
+      if not seconds:  # in a branch that does not run, or a permute sent beside a longer one
         end = now
       elif cost.collective:
         end = links_free = max(now, links_free) + seconds

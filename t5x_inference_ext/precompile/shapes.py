@@ -63,7 +63,7 @@ class ArrayShape:
 
 
 def parse_result(text: str) -> tuple[tuple[ArrayShape, ...], tuple[int, ...]]:
-  """Parse an instruction's type; return its arrays, and how many each tuple element has.
+  """Parse an instruction's type; return the arrays, and the number of arrays per tuple element.
 
   For a type that is not a tuple, the second result is ().
 

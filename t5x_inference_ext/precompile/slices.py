@@ -19,8 +19,8 @@ from t5x_inference_ext.sharding.mesh import AXES, make_mesh
 from t5x_inference_ext.sharding.mesh_choice import torus_mesh
 from t5x_inference_ext.sharding.torus import GENERATIONS, TpuSlice
 
-# For boxes that no pod has, such as v4:1x2x2, libtpu aborts the process, so they are refused
-# before. Small boxes are listed here; larger slices of v4 and v5p are boxes of whole 4x4x4 cubes.
+# libtpu aborts the process for boxes that no pod has, such as v4:1x2x2, so such boxes are refused
+# earlier. Small boxes are listed here; larger slices of v4 and v5p are boxes of whole 4x4x4 cubes.
 _BOXES = {
   3: ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)),
   2: ((1, 1, 1), (2, 2, 1), (2, 4, 1), (4, 4, 1), (4, 8, 1), (8, 8, 1), (8, 16, 1), (16, 16, 1)),
@@ -28,8 +28,8 @@ _BOXES = {
 _USUAL_CUBES = ((4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16))
 _CUBE = 4
 _MAX_CHIPS = {'v4': 4096, 'v5p': 6144}
-# Kind -> (prefix of the cloud's accelerator type, units per chip in its number). v4 and v5p count
-# cores.
+# Kind -> (prefix of the cloud's accelerator type, units per chip in the type's number). On v4 and
+# v5p, the units are cores.
 _TYPES = {'v4': ('v4', 2), 'v5p': ('v5p', 2), 'v5e': ('v5litepod', 1), 'v6e': ('v6e', 1)}
 
 _AVAILABLE = re.compile(
@@ -40,7 +40,7 @@ _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 def check_slice(slice_: TpuSlice) -> None:
-  """Raise MeshError for a slice that does not exist, for which the compiler would crash.
+  """Raise MeshError for a slice that does not exist: the compiler would crash.
 
   Raises:
     MeshError: There is no such slice. The message lists the usual ones of its generation.
@@ -105,7 +105,7 @@ def topology_devices(slice_: TpuSlice) -> Sequence[jax.Device]:
     devices = topologies.get_topology_desc(
       platform='tpu', topology_name=str(slice_), **options
     ).devices
-  except Exception as e:  # errors of many kinds, since libtpu can't list its slices
+  except Exception as e:  # libtpu can't list its slices, and raises many kinds of errors
     reason = ' '.join(str(e).split())
     raise UserError(f'the installed libtpu knows no slice {slice_}: {reason}') from e
   if len(devices) != slice_.chips:

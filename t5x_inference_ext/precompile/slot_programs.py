@@ -1,7 +1,7 @@
 """The programs of slot refill (engine.slots), and the shapes of their arguments.
 
-There are four programs: a prefill chunk of prompts, decode steps of slots, the pass of a step that
-checks drafts, and the insertion of a prompt into a slot.
+There are four programs: a prefill chunk of prompts, decode steps of slots, the model's pass in a
+step that checks drafts, and the insertion of a prompt into a slot.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def slot_program(
     weights: Weights. Shapes with shardings.
     batch: int. B: number of prompts for 'extend', else of slots.
     context: int. Positions of each row's cache; for slots, rounded up to whole pages.
-    length: int. T, the tokens of a chunk, of a row's draft and one more, or of the inserted prompt.
+    length: int. T: tokens of a chunk, of a draft plus the last token, or of the inserted prompt.
     sampling: SamplingParams. How tokens are chosen. Features that it does not use are left out of
       the program; a scheduler's programs contain all features, and skip unused ones at run time.
   """
@@ -95,7 +95,7 @@ def slot_program(
 
 
 def _verify_program(model: Model) -> jax.stages.Wrapped:
-  """Jit the pass over drafts, and the most likely token after each of their tokens."""
+  """Jit the pass over drafts, with the choice of the most likely token after each draft token."""
 
   def verify(
     weights: Weights, cache: PagedCache, tokens: jax.Array, counts: jax.Array
@@ -152,6 +152,6 @@ def _ints(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _replicated(mesh: Mesh, tree: Any) -> Any:
-  """Return the shapes of a tree of arrays with a replicated sharding."""
+  """Return the shapes of a tree of arrays, with replicated shardings."""
   whole = NamedSharding(mesh, P())
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)

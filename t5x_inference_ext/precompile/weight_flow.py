@@ -1,8 +1,8 @@
 """Flow of weights: finds the values of a program that hold weights or KV caches, or parts of them.
 
-Weights and caches are followed from the program's parameters (for caches that the program makes:
-from its results) through loops, slices, gathers and elementwise operations. Values computed from
-them (a product, a reduction, a looked-up row) are not followed.
+Weights and caches are followed from the program's parameters (a cache that the program makes: from
+the program's results) through loops, slices, gathers and elementwise operations. Values computed
+from weights or caches (a product, a reduction, a looked-up row) are not followed.
 """
 
 import collections
@@ -49,7 +49,7 @@ class WeightFlow:
 
   Attributes:
     carried: dict. (computation, instruction) -> names of the weights and caches in its result.
-    executed: dict. Its keys are the names of computations that run by themselves, not in a fusion.
+    executed: dict. Keys: names of computations that run by themselves, not inside a fusion.
     accumulators: dict. (loop, element of its state) -> name of a result that the loop fills.
   """
 
@@ -111,7 +111,8 @@ class WeightFlow:
       branches = (module.computations[name] for name in i.branches)
       return _either([self._run(b, [o]) for b, o in zip(branches, operands[1:])])
     if i.phase:
-      # The result of a start is a tuple of operands, results and contexts; later ones may read any.
+      # The result of a start is a tuple of operands, results and contexts; later instructions may
+      # read any of them.
       return _union(operands)
     if i.opcode == 'dynamic-update-slice':
       return _flat(operands[0])

@@ -7,8 +7,8 @@ import re
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
 from t5x_inference_ext.precompile.shapes import HloError
 
-# Opcodes that take no time themselves: names of values, reserved memory, and calls (the time is in
-# their callees).
+# Opcodes that take no time: names of values, reserved memory, and calls, whose time is counted in
+# the computations that they call.
 _NAMES = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast'}
 _IDS = {'partition-id', 'replica-id'}
 _ORDERING = {'after-all', 'add-dependency', 'optimization-barrier', 'opt-barrier'}
@@ -88,7 +88,7 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
 def _traffic_of_all(module: Module, body: Computation) -> int:
   """Return the total traffic, in bytes, of the instructions of an asynchronous computation.
 
-  The computation may call another one, as it does for work on a sparse core.
+  The computation may call another one, as it does for work on a SparseCore.
   """
   total = 0
   for i in body.instructions:
@@ -121,7 +121,7 @@ def _read(
   value: Instruction,
   around: Sequence[tuple[Computation, Instruction]] = (),
 ) -> int:
-  """Return how many bytes of a value the instructions of a fused computation read.
+  """Return how many bytes of `value` the instructions of a fused computation read.
 
   Args:
     module: Module. The program.

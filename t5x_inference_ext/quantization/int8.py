@@ -40,7 +40,7 @@ def matmul(
     return product(jax.lax.optimization_barrier(jnp.concatenate([x, x])), w)[:1]
 
   # On a TPU, a product with a single row bypasses the matrix unit and takes three times as long as
-  # with two rows. So duplicate it.
+  # with two rows. So the row is duplicated.
   one_row = math.prod(x.shape[:-1]) == 1
   y = jax.lax.platform_dependent(x, w, tpu=doubled, default=product) if one_row else product(x, w)
   return y if scale is None else rescale(y, scale)

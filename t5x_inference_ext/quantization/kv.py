@@ -9,11 +9,11 @@ from jaxtyping import Array, Float
 
 from t5x_inference_ext.quantization.rounding import QMAX
 
-# Positions in a tile of a TPU's memory. A cache that is no multiple of them, with several rows on a
-# chip, XLA:TPU copies into another layout in every step.
+# Positions in a tile of a TPU's memory. With several rows on a chip, XLA:TPU would copy a cache
+# whose size is no multiple of this into another layout in every step.
 _TILE_ROWS = 8
-# Largest magnitude that a cache holds: far beyond that of any sound model, and so small that the
-# sum of 2^23 of them is finite.
+# Largest magnitude that a cache holds: far beyond the values of any sound model, and so small that
+# the sum of 2^23 such values is finite.
 _LARGEST = 2.0**104
 
 
@@ -51,7 +51,7 @@ def tile_positions(dtype: DTypeLike) -> int:
 
 
 def whole_tiles(size: int, dtype: DTypeLike) -> int:
-  """Round `size` positions of keys and values in `dtype` up to whole tiles: of 8, int8 of 32."""
+  """Round `size` positions of keys and values in `dtype` up to whole tiles (int8: 32, else 8)."""
   tile = max(_TILE_ROWS, tile_positions(dtype))
   return -(-size // tile) * tile
 

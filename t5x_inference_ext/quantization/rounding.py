@@ -89,7 +89,7 @@ def rounded(
 
 
 def contiguous(w: Real[np.ndarray, 'L rows out']) -> Real[np.ndarray, 'L rows out']:
-  """Return w in C order; w itself if it has it."""
+  """Return w in C order; w itself if it is already in C order."""
   if w.flags.c_contiguous:
     return w
   out = np.empty(w.shape, w.dtype)
@@ -101,11 +101,11 @@ def contiguous(w: Real[np.ndarray, 'L rows out']) -> Real[np.ndarray, 'L rows ou
 def _filled(
   w: np.ndarray, out: np.ndarray
 ) -> Iterator[tuple[tuple[slice, slice, slice], np.ndarray]]:
-  """Yield the index of each block of w, and an array for the values to put at the index of `out`.
+  """Yield the index of each block, and an array to fill with the values of `out` at that index.
 
-  If w is transposed, that array is a small one in w's order, which is copied to `out` when the next
-  block is asked for. Its rows are padded: the sides of matrices are often powers of two, and the
-  values of a row of w itself compete for few sets of the processor's cache.
+  If w is transposed, the array is a small buffer in w's order, copied to `out` when the next block
+  is requested. The buffer's rows are padded: matrix sides are often powers of two, so that without
+  padding the values of a row compete for few sets of the processor's cache.
   """
   if not _is_transposed(w):
     for index in blocks(w):
@@ -152,7 +152,7 @@ def squared_errors(
 def best_scales(
   scale: Float32[np.ndarray, 'L out'], errors: Int64[np.ndarray, 'searched L out']
 ) -> Float32[np.ndarray, 'L out']:
-  """Multiply each scale by the factor with the least error; if several have it, the largest."""
+  """Multiply each scale by the factor with the least error, or by the largest such factor."""
   factors = np.asarray(SEARCHED)[:, None, None]
   best = np.argmin(errors * (factors * factors), 0)
   return (scale * np.asarray(SEARCHED, np.float32)[best]).astype(np.float32)
@@ -161,9 +161,9 @@ def best_scales(
 def blocks(w: np.ndarray) -> Iterator[tuple[slice, slice, slice]]:
   """Yield the indices of blocks of w [L, in, out], each of about _BLOCK_ELEMENTS elements.
 
-  A block has all columns of some rows. Only if a column's values lie together, as those of
-  torch.nn.Linear's weights do, it is a tile: what is written then lies in the other order, and a
-  block of whole columns would be spread over too many lines of the cache.
+  A block has all columns of some rows, unless a column's values lie together in memory, as in the
+  weights of torch.nn.Linear. Then a block is a tile: results are written in the other order, and
+  those of whole columns would be spread over too many lines of the processor's cache.
   """
   layers, rows, columns = w.shape
   if _is_transposed(w):
