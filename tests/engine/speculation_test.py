@@ -228,7 +228,7 @@ def test_a_draft_model_guesses_the_sample():
 
 
 def test_another_draft_model_changes_no_token():
-  """With layers written out, on a mesh, and its most likely tokens as drafts."""
+  """With unrolled layers, on a mesh, and its most likely tokens as drafts."""
   other = memory.engine(
     memory.ODD, reference.random_tensors(memory.ODD, seed=2), '2x2x1', stacked=False
   )
