@@ -55,7 +55,7 @@ def test_all_positions_have_logits():
   (*_, checked) = drafts.checking_steps(plan(64, 'palm_8b', 'v4:2x2x1'), 8)
   assert checked.cost.work.logits_flops == 9 * decode.work.logits_flops
   sent = [
-    sum(c.move.bytes for c in each.collectives if c.move.name == 'logits')
+    sum(c.collective.bytes for c in each.collectives if c.collective.name == 'logits')
     for each in (decode, checked.cost)
   ]
   assert sent[1] == 9 * sent[0] > 0

@@ -107,7 +107,7 @@ def test_figures_are_drawn_and_the_same_again(points, tmp_path):
   assert b'multiquery by batch' in first['context.svg'] and b'palm_8b' in first['context.svg']
   assert b'weight load' in first['parts.svg'] and b'out, v4:2x2x2, batch 16' in first['parts.svg']
   for name in ('pareto.svg', 'parts.svg'):
-    assert b'nothing overlaps but gathering weights' in first[name]
+    assert b'only gathering of weights overlaps' in first[name]
     assert b'bfloat16 cache' in first[name]
   assert b'64 chips as 4x4x4' in first['communication.svg']
 
