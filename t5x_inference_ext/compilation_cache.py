@@ -191,10 +191,11 @@ def _processor() -> str:
   """Return a short name of this processor's kind and instructions."""
   try:
     with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
-      # The entry of the first core, without the fields that vary: clock and number.
+      # The entry of the first core.
       lines = file.read().partition('\n\n')[0].splitlines()
   except OSError:
     lines = [platform.processor()]
+  # Other fields, such as the clock, differ between cores and change.
   kinds = ('model name', 'flags', 'Features', 'CPU part')
   kept = [line for line in lines if line.startswith(kinds)] or lines
   return hashlib.sha256('\n'.join(kept).encode()).hexdigest()[:8]

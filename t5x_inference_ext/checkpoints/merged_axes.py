@@ -44,7 +44,8 @@ def split_range(span: Span, sizes: Sequence[int]) -> Iterator[tuple[Bounds, Arra
   """Cut a range of a merged axis into ranges along the original axes.
 
   Yields:
-    Pairs (ranges, one along each axis; index of their values in the merged range).
+    Pairs (box, index). `box` has a range along each original axis. `index` selects the box's values
+      from an array with the values of `span` alone.
   """
   if not sizes:
     yield (), (0,)

@@ -204,7 +204,7 @@ def plain_pairs(pairs: Any, vocab_size: int) -> list[tuple[list[int], list[int]]
 
 
 def check_arrays(vocab_size: int, *ids: Any, weights: Any = None) -> None:
-  """Raise RequestError unless arrays of token ids, and `weights`, all have one shape [B, T].
+  """Raise RequestError unless arrays of token ids, and tokens' `weights`, have one shape [B, T].
 
   Empty arrays, and ids outside the vocabulary, are refused too.
   """

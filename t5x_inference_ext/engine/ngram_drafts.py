@@ -29,7 +29,7 @@ class NgramDrafter:
   expected: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
 
   def outlook(self, tokens: Int[Array, 'B S'], last: Int[Array, ' B']) -> Outlook:
-    """Return the drafts that could be made. See drafting.Drafter."""
+    """Find each row's last tokens earlier in the row. See drafting.Drafter."""
     size = tokens.shape[1]
     at = jnp.arange(size)[None, :]
     equal = at < last[:, None]  # whether the tokens up to here match the row's last ones

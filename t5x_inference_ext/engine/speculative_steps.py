@@ -80,6 +80,8 @@ def speculative_steps(
 ) -> tuple[Slots, StepsOutput]:
   """Run steps, with or without drafts, until all rows have ended or one has `steps` new tokens.
 
+  K is the maximum number of tokens of a draft, `drafter.most`.
+
   Args:
     model: Decides mesh and layouts.
     slots: The slots, with a DraftState.
@@ -88,8 +90,8 @@ def speculative_steps(
     alive: [B] bool. Slots that have a row. Rows in other slots were cancelled and are ended.
     steps: Scalar int32. Stop once any row has this many new tokens; at most `most`.
     until_free: Scalar bool. Whether to stop as soon as a row ends.
-    prices: [1 + len(verify_widths)] float32. Time, in any unit, of a step without drafts, then of a
-      step that checks each number in verify_widths.
+    prices: [W + 1] float32. Time, in any unit, of a step without drafts, then of a step that checks
+      verify_widths(K)[i] tokens of each draft, for each i.
     draft_weights: Weights of the drafter, or None.
     drafter: Makes the drafts, of at most K tokens. Static.
     most: N. The output has room for N + K tokens of each row. Static.

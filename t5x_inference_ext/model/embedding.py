@@ -141,7 +141,7 @@ def unembed(
   x: Float[Array, 'b t e'],
   position_axes: Axes,
   rows: int,
-) -> Float[Array, 'rows T V']:
+) -> Float[Array, 'r T V']:
   """Compute float32 logits: the final norm, then the head, which may be the embedding.
 
   Products are scaled by 1/sqrt(d_model); then the head's bias is added, and the soft cap applied.
@@ -155,7 +155,7 @@ def unembed(
     rows: B of the pass.
 
   Returns:
-    [rows, T, V] float32: this shard's rows of the logits, at all positions of x.
+    [r, T, V] float32: logits at all positions of x, of this shard's r rows of B.
   """
   products = _head_products(model, sharding, weights, x, position_axes, rows)
   stored, sampling_axes = sharding.layout.stored_hidden, model.sampling_axes(rows)

@@ -47,7 +47,10 @@ class WeightStationary:
     return y if split is None else ops.all_gather(y, self.sharding.layout.hidden_axes, split)
 
   def _sum_columns(self, y: Float[Array, 'b t columns'], dim: int | None) -> jax.Array:
-    """Sum columns over the embed axes into dimension `dim`; None: leave them partial sums."""
+    """Sum columns over the mesh's embed axes, each shard its slice of dimension `dim`.
+
+    The result is a reduce-scatter's. If `dim` is None, return y, the partial sums.
+    """
     if dim is None:
       return y
     return ops.reduce_scatter(y, self.sharding.layout.embed_axes, dim, self.overlaps)

@@ -1,15 +1,16 @@
 """The time of a collective in one of two conventions: 'paper' or 'torus'.
 
 Both take a sharding.collective.Collective from sharding/traffic.py, and give its time at full rate;
-efficiency.py has the share of the links' bandwidth that programs reach.
+efficiency.py has the share of the links' bandwidth that programs reach. K is the number of chips of
+the collective, and each hop adds the chip's hop latency.
 
   paper   Sections 3.2 and 3.3: bytes over the bandwidth of all links of a chip (270 GB/s on v4),
-          for all mesh axes alike. (K-1)/K is taken as 1. There are no hops.
+          for all mesh axes alike. (K-1)/K is taken as 1. Latency is left out.
   torus   A collective uses only the links along its own axes (sharding/links.py). A physical axis
           with wraparound (torus.wraparound) adds two links; one without, or a part of an axis, adds
           one. (K-1)/K is included (appendix A.1). Each link on the way is a hop.
           GPUs have no torus: NVLink joins the chips of a node, each chip's network card reaches
-          other nodes, and there are log2 K hops.
+          other nodes, and the latency is that of log2 K hops.
 """
 
 import dataclasses

@@ -37,7 +37,7 @@ def memory_of(
 ) -> CompiledMemory:
   """Return a program's memory as the compiler reports it.
 
-  `other` is the compiler's total minus the bytes of weights and cache.
+  Its `other` is what the compiler counts as arguments, results and code, minus weights and cache.
 
   Args:
     phase: str. The program's phase, one of phases.COMPILE_PHASES.

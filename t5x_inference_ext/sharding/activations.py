@@ -124,12 +124,12 @@ class ActivationSharding:
 
   @property
   def hidden_rows(self) -> Axes:
-    """Hidden axes that split attention's rows, by an all-to-all from columns to rows."""
+    """The mesh's hidden axes that an all-to-all moves from the columns to attention's rows."""
     return tuple(a for a in self.layout.hidden_axes if a in self.attention_rows)
 
   @property
   def hidden_positions(self) -> Axes:
-    """Hidden axes that split queries' positions, by an all-to-all from columns to positions."""
+    """The mesh's hidden axes that an all-to-all moves from the columns to queries' positions."""
     return tuple(a for a in self.layout.hidden_axes if a in self.attention_positions)
 
 

@@ -26,7 +26,8 @@ from t5x_inference_ext.errors import RequestError
 _LENGTH = 8  # number of tokens of the traced batch
 
 
-# The last result, by the text of gin's configuration, because gin builds the model several times.
+# Text of gin's configuration -> the conventions that it states. Only the last text is kept: gin
+# builds the model several times from one configuration.
 _KNOWN: dict[str, Conventions | None] = {}
 
 

@@ -15,7 +15,7 @@ class RoundingError:
     largest: max|w' - w|.
     magnitude: max|w|.
     squares: Sum of (w' - w)^2.
-    norm: Sum of w^2; 0 if nothing is rounded.
+    norm: Sum of w^2 over the values that are rounded.
   """
 
   largest: float = 0.0

@@ -9,7 +9,7 @@ STAGING/NAME-CHECKSUM/    CHECKSUM: of the output's address
   checkpoint/             the finished output
   checkpoint.unfinished/  the unfinished output (work_directory.py)
   journal.jsonl           uploaded objects with their generations, one per line, and an end mark
-  setup.lock              held while the plan is compared
+  setup.lock              held while a run compares its plan with plan.json
   upload.lock             held while uploading
 OUTPUT/UNFINISHED         an object that exists while OUTPUT is incomplete
 """

@@ -136,7 +136,17 @@ class _Reader:
     return float(str(np.float32(value))) if form == '<f' else value
 
   def count(self, what: str, form: str, limit: int, least_bytes: int) -> int:
-    """Return the next number, a count of items of at least `least_bytes` bytes each."""
+    """Read a count of items, and refuse one that the rest of the file is too short for.
+
+    Args:
+      what: The items, as errors name them.
+      form: The count's struct format.
+      limit: Largest count that is accepted.
+      least_bytes: Bytes that an item takes at least.
+
+    Raises:
+      CheckpointError: The count is too large.
+    """
     count = self.number(form)
     if count > limit or count * least_bytes > self._file.size - self.position:
       raise CheckpointError(

@@ -58,7 +58,8 @@ class StoredBytes:
       CheckpointError: The file has fewer bytes, or can't be read.
     """
     size = int(max(least, min(most, self.size - begin)))
-    while size > least and math.isinf(self.size):  # a bucket refuses a range beyond the end
+    # In a bucket the size may be unknown (infinite), and ranges beyond the end are refused.
+    while size > least and math.isinf(self.size):
       try:
         return self.read(begin, size)
       except CheckpointError:

@@ -14,10 +14,10 @@ from jaxtyping import Array, Int, Shaped
 
 from t5x_inference_ext.hardware import LANES
 
-# XLA:TPU lowers some tiled reduce-scatters to all-reduce + slice, which sends twice the bytes. A
-# separate dimension for the shards avoids that, at the price of a copy where arrays are small, or
-# where it cuts tiles of 8 by LANES. So it is used above _LARGE elements; with at most _ROWS rows on
-# each shard, features are split into tiles instead.
+# XLA:TPU lowers some tiled reduce-scatters to all-reduce + slice, which sends twice the bytes. Two
+# things avoid that. (1) A separate dimension for the shards. XLA copies the array for it if it is
+# small or if slices are no whole tiles of 8 by LANES, so this is done above _LARGE elements. (2)
+# Features in groups of LANES, if a shard keeps at most _ROWS rows.
 _LARGE = 2**21
 _ROWS = 8
 # XLA:TPU also lowers gathers and reduce-scatters over this many axes (all axes of a mesh) to
