@@ -17,6 +17,17 @@ _ASYNCHRONOUS: dict[str, str | bool] = {
 _OF_KIND = {'TPU v4': _ASYNCHRONOUS, 'TPU v5': _ASYNCHRONOUS, 'TPU v5p': _ASYNCHRONOUS}
 
 
+def overlaps_collectives(device: jax.Device) -> bool:
+  """Return whether the options let a kind of device run gathers and permutes beside products.
+
+  None of them lets it run reduce-scatters so.
+
+  Args:
+    device: A device of that kind. It need not exist on this machine.
+  """
+  return compiler_options(device) is _ASYNCHRONOUS
+
+
 def compiler_options(device: jax.Device) -> dict[str, str | bool] | None:
   """Return the options for programs on a kind of device; None: the compiler's defaults.
 

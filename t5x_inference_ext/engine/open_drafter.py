@@ -5,8 +5,8 @@ from typing import Any
 from t5x_inference_ext.engine.draft_model import load_draft_model
 from t5x_inference_ext.engine.drafting import Drafter
 from t5x_inference_ext.engine.ngram_drafts import NgramDrafter
-from t5x_inference_ext.engine.speculation import Speculation
 from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.speculation import Speculation
 
 
 def open_drafter(speculation: Speculation | None, model: Model) -> tuple[Drafter | None, Any]:

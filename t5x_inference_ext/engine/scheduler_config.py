@@ -9,9 +9,9 @@ from typing import Any
 
 from t5x_inference_ext.engine.inputs import check_at_least
 from t5x_inference_ext.engine.request import Request
-from t5x_inference_ext.engine.speculation import Speculation, parse_speculation
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.speculation import Speculation, parse_speculation
 
 LENGTH_MULTIPLE = 32  # lengths and pages are whole tiles of an int8 cache
 SMALLEST_CHUNK = 16  # smallest chunk; a prompt's last chunk is padded to one of the chunk sizes

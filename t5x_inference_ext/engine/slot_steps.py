@@ -56,14 +56,7 @@ def decode_steps(
     read: Number of pages of each shard that attention reads, from the first on. Static.
     read_shared: Number of shared pages that attention reads, from the first on. Static.
   """
-  before = dataclasses.replace(slots.state, ended=slots.state.ended | ~alive)
-  count, top = len(before.ended), slots.rows.top_width
-  out = ChosenTokens(
-    jnp.zeros((most, count), jnp.int32),
-    jnp.zeros((most, count)),
-    jnp.zeros((most, count, top), jnp.int32),
-    jnp.zeros((most, count, top)),
-  )
+  before, out = state_of(slots, alive), empty_output(slots, most)
 
   def running(carry: _Carry) -> jax.Array:
     i, state, _, _ = carry
@@ -109,7 +102,7 @@ def decode_logits(
   Returns:
     The slots with the rows' last tokens in the cache, and logits [B, V] float32.
   """
-  state = dataclasses.replace(slots.state, ended=slots.state.ended | ~alive)
+  state = state_of(slots, alive)
   cache = with_pages(model, weights, slots.cache, pages, read, read_shared)
   logits, cache = decode_logits_of(model, weights, state, cache)
   sharding = NamedSharding(model.mesh, P(model.sampling_axes(len(logits))))
@@ -129,7 +122,7 @@ def choose_masked(
     alive: [B] bool. Slots that have a row. Rows in other slots are ended.
     masks: Tokens that the rows' grammars allow next.
   """
-  before = dataclasses.replace(slots.state, ended=slots.state.ended | ~alive)
+  before = state_of(slots, alive)
   state, chosen = advance(slots.rows, before, logits, slots.cache.lengths, model, masks)
   chosen = jax.tree.map(lambda x: x[None], chosen)
   output = StepsOutput(chosen, state.counts - before.counts, state.ended, state.failed)
@@ -140,6 +133,22 @@ def choose_masked(
     drafting = dataclasses.replace(drafting, tokens=replicated(model, drafting.tokens))
     slots = dataclasses.replace(slots, drafting=drafting)
   return slots, replicated(model, output)
+
+
+def state_of(slots: Slots, alive: jax.Array) -> DecodeState:
+  """Return the state of the rows, in which rows of slots that are not alive have ended."""
+  return dataclasses.replace(slots.state, ended=slots.state.ended | ~alive)
+
+
+def empty_output(slots: Slots, room: int) -> ChosenTokens:
+  """Return zeros with room for `room` tokens of each row: arrays [room, B, ...]."""
+  rows, top = len(slots.state.ended), slots.rows.top_width
+  return ChosenTokens(
+    jnp.zeros((room, rows), jnp.int32),
+    jnp.zeros((room, rows)),
+    jnp.zeros((room, rows, top), jnp.int32),
+    jnp.zeros((room, rows, top)),
+  )
 
 
 def with_pages(

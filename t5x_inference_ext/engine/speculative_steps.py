@@ -27,7 +27,13 @@ from t5x_inference_ext.engine.drafting import (
   note_acceptance,
   placed_drafting,
 )
-from t5x_inference_ext.engine.slot_steps import after_steps, decode_logits_of, with_pages
+from t5x_inference_ext.engine.slot_steps import (
+  after_steps,
+  decode_logits_of,
+  empty_output,
+  state_of,
+  with_pages,
+)
 from t5x_inference_ext.engine.slots import SlotPages, Slots, StepsOutput, StepsWork, replicated
 from t5x_inference_ext.engine.state import ChosenTokens, DecodeState
 from t5x_inference_ext.engine.state_rows import constrain_state
@@ -98,10 +104,8 @@ def speculative_steps(
     read: Number of pages of each shard that attention reads, from the first on. Static.
     read_shared: Number of shared pages that attention reads, from the first on. Static.
   """
-  before = dataclasses.replace(slots.state, ended=slots.state.ended | ~alive)
-  count, room = len(before.ended), most + drafter.most
-  widths = (0, *verify_widths(drafter.most))
-  out = _empty_output(room, count, slots.rows.top_width)
+  before, out = state_of(slots, alive), empty_output(slots, most + drafter.most)
+  count, widths = len(before.ended), (0, *verify_widths(drafter.most))
   split = NamedSharding(model.mesh, P(model.sampling_axes(count)))
   nothing = jnp.zeros((), jnp.int32)
   work = StepsWork(jnp.zeros(len(widths), jnp.int32), nothing, nothing, nothing)
@@ -122,9 +126,9 @@ def speculative_steps(
     width = jnp.asarray(widths)[index]
     drafts = jnp.full((count, drafter.most), -1, jnp.int32).at[:, 0].set(outlook.first)
     run: _Run = loop.cache, loop.logits, drafts, loop.drafting.own
+    inputs = DraftInputs(draft_weights, slots.rows, loop.state, loop.drafting, lengths)
     for i, each in enumerate(widths):
       # `_if` is a loop of zero or one turns, because lax.cond might copy the cache.
-      inputs = DraftInputs(draft_weights, slots.rows, loop.state, loop.drafting, lengths)
       one = functools.partial(_pass, model, weights, drafter, inputs, outlook, each)
       run = _if(index == i, one, run)
     cache, logits, drafts, own = run
@@ -167,15 +171,6 @@ def speculative_steps(
   slots = after_steps(model, weights, slots, loop.cache, state)
   slots = dataclasses.replace(slots, drafting=loop.drafting, draft_logits=loop.logits)
   return slots, replicated(model, output)
-
-
-def _empty_output(room: int, rows: int, top: int) -> ChosenTokens:
-  return ChosenTokens(
-    jnp.zeros((room, rows), jnp.int32),
-    jnp.zeros((room, rows)),
-    jnp.zeros((room, rows, top), jnp.int32),
-    jnp.zeros((room, rows, top)),
-  )
 
 
 def _if(flag: jax.Array, function: Callable[[Any], Any], x: Any) -> Any:

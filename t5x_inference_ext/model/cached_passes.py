@@ -49,7 +49,7 @@ class CachedPasses(ShardedModel):
     def head(weights: Weights, x: jax.Array) -> jax.Array:
       return unembed(self, sharding, weights, x, (), rows)[:, 0]
 
-    return self._decode(weights, cache, tokens, head, P(self.sampling_axes(rows)))
+    return self._decode(weights, cache, tokens, sharding, head, P(self.sampling_axes(rows)))
 
   def decode_greedily(
     self, weights: Weights, cache: AnyCache, tokens: Int[Array, ' B']
@@ -65,13 +65,14 @@ class CachedPasses(ShardedModel):
     def head(weights: Weights, x: jax.Array) -> BestTokens:
       return best_next_tokens(self, sharding, weights, x, rows)
 
-    return self._decode(weights, cache, tokens, head, P())
+    return self._decode(weights, cache, tokens, sharding, head, P())
 
   def _decode(
     self,
     weights: Weights,
     cache: AnyCache,
     tokens: jax.Array,
+    sharding: ActivationSharding,
     head: Callable[[Weights, jax.Array], Any],
     head_spec: P,
   ) -> tuple[Any, AnyCache]:
@@ -79,10 +80,10 @@ class CachedPasses(ShardedModel):
 
     Args:
       weights, cache, tokens: See decode_step.
+      sharding: Sharding of the step's activations.
       head: Function of a shard's weights and residual stream after the last layer.
       head_spec: PartitionSpecs of head's results.
     """
-    sharding = self.decode_sharding(tokens.shape[0])
 
     def finish(
       weights: Weights, cache: AnyCache, x: jax.Array, kv: KeysValues

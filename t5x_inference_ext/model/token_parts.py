@@ -14,13 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Shaped
 
+from t5x_inference_ext.compiler_options import overlaps_collectives
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.layout import num_shards
 
-# Kinds of TPU that, with the options of compiler_options.py, run gathers and permutes beside
-# products, but no reduce-scatters.
-_KINDS = ('TPU v4', 'TPU v5', 'TPU v5p')
 # Fewest tokens of a pass that is cut in two. A step of 512 rows in bfloat16 gained nothing from it.
 MIN_TOKENS = 1024
 # Fewest consecutive tokens of a half on a shard: a tile of memory.
@@ -94,4 +92,4 @@ def token_parts(
 
 
 def _overlaps_collectives(mesh: Mesh) -> bool:
-  return isinstance(mesh, Mesh) and mesh.devices.flat[0].device_kind in _KINDS
+  return isinstance(mesh, Mesh) and overlaps_collectives(mesh.devices.flat[0])

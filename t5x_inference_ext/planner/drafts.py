@@ -12,9 +12,9 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.planner.costs import PassCost, cost
 from t5x_inference_ext.planner.request import Plan
 from t5x_inference_ext.planner.text import table, wrap
+from t5x_inference_ext.speculation import MOST_DRAFT
 from t5x_inference_ext.text_format import milliseconds
 
-MOST_CHECKED = 16
 # Probabilities that a draft token is right, of the table's last columns.
 ACCEPTANCES = (0.5, 0.65, 0.8, 0.9)
 
@@ -67,8 +67,8 @@ def checking_steps(plan: Plan, most: int) -> list[CheckingStep]:
   Raises:
     RequestError: `most` is out of its range.
   """
-  if not 1 <= most <= MOST_CHECKED:
-    raise RequestError(f'speculate must be 1 to {MOST_CHECKED} tokens of a draft, got {most}')
+  if not 1 <= most <= MOST_DRAFT:
+    raise RequestError(f'speculate must be 1 to {MOST_DRAFT} tokens of a draft, got {most}')
   widths = sorted({*(2**i for i in range(5) if 2**i < most), most})
   step = plan.decode
   return [

@@ -49,8 +49,8 @@ def work(case: PassCase) -> PassWork:
   )
   rows = case.batch / case.size(p.attention_rows)
   positions = case.padded / case.size(p.attention_positions)
-  # Two products, 2 FLOPs each per element. Positions that the mask hides are computed, too.
   unembedded = tokens if case.phase == 'verify' else case.batch  # else only last positions
+  # Two products, 2 FLOPs each per element. Positions that the mask hides are computed, too.
   attention = 4 * rows * positions * p.heads.heads * c.d_head * case.seen * c.num_layers
   return PassWork(
     matmul_flops=2 * tokens * matrices * c.num_layers / chips,

@@ -8,7 +8,6 @@ from t5x_inference_ext.checkpoints.conventions import CONVENTION_NAMES, Conventi
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import stack_params
-from t5x_inference_ext.engine.speculation import parse_speculation
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.shardings import CACHE_DTYPES, COMPUTE_DTYPES
 from t5x_inference_ext.options import check_options, option
@@ -19,6 +18,7 @@ from t5x_inference_ext.sharding.layout import (
   Layout,
   check_pair,
 )
+from t5x_inference_ext.speculation import parse_speculation
 from t5x_inference_ext.text.stop_texts import check_stop_texts
 
 BATCHING = ('continuous', 'static')

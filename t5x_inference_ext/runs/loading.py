@@ -13,7 +13,6 @@ from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.engine import saved_generation
 from t5x_inference_ext.engine.draft_model import open_draft_model
 from t5x_inference_ext.engine.engine import Engine
-from t5x_inference_ext.engine.speculation import parse_speculation
 from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.infer_options import InferOptions
 from t5x_inference_ext.runs.progress import print_on_main, progress
@@ -22,6 +21,7 @@ from t5x_inference_ext.sharding.explain_text import explain
 from t5x_inference_ext.sharding.layout import check_model
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh, mesh_text, parse_mesh
 from t5x_inference_ext.sharding.mesh_choice import choose_mesh
+from t5x_inference_ext.speculation import parse_speculation
 
 
 def open_model(

@@ -20,10 +20,10 @@ from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.serve import serve
-from t5x_inference_ext.engine.speculation import parse_speculation
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.options import is_whole
+from t5x_inference_ext.speculation import parse_speculation
 from t5x_inference_ext.t5x.decode_options import DecodeOptions
 from t5x_inference_ext.t5x.module import weights_from_params
 from t5x_inference_ext.t5x.types import Array, Batch, Params, Predictions

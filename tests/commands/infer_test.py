@@ -358,7 +358,10 @@ def test_batching_changes_no_row(complete):
 
 
 def test_drafts_change_no_row(complete, palm_tiny, tmp_path):
-  """Of n-grams, and of the model itself, which is right but for ends; the record counts them."""
+  """Rows have equal tokens with both kinds of drafts, and the record counts drafts.
+
+  As its own draft model, the model is right except at rows' ends.
+  """
   rows = [{'prompt': 'x = [1, 1, 1, 1, 1, '}, {'prompt': 'import os\nimport sys\nimport '}]
   flags = ('--max_new_tokens=24', '--mesh=1x1x1', '--top_log_probs=2')
   plain, out = complete(rows, *flags, name='plain.jsonl')

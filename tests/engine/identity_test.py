@@ -16,7 +16,7 @@ from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
-from t5x_inference_ext.engine.speculation import parse_speculation
+from t5x_inference_ext.speculation import parse_speculation
 from t5x_inference_ext.text.grammar import Grammar
 from tests import memory, reference
 from tests.text.vocabularies import Characters

@@ -17,10 +17,10 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.serve import serve
-from t5x_inference_ext.engine.speculation import Speculation, parse_speculation
 from t5x_inference_ext.engine.speculative_steps import _best_width, verify_widths
 from t5x_inference_ext.engine.step_prices import AGREE_EVERY, StepPrices
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.speculation import Speculation, parse_speculation
 from t5x_inference_ext.text.grammar import Grammar
 from tests import memory, reference
 from tests.engine.scheduler_test import sizes_of_programs
@@ -282,7 +282,7 @@ def test_a_draft_is_what_followed_the_longest_match():
 
 
 def test_expected_tokens_follow_what_was_accepted():
-  """Of each row lately; where nothing was, of all rows."""
+  """A row's own latest drafts decide; for a row without any, those of all rows do."""
   drafter = NgramDrafter(3, expected=(0.5, 0.25))
   state = drafting.empty_drafting(drafter, None, 2, 8)
   ints = lambda *values: jnp.asarray(values, jnp.int32)
@@ -334,7 +334,7 @@ def test_the_width_suits_rows_that_wait_or_the_last_row():
 
 
 def test_prices_follow_measured_times():
-  """Of programs that mix kinds of steps; an outlier and a kind that is tried no more are forgot."""
+  """Prices come from programs that mix kinds of steps; outliers and untried kinds are forgotten."""
   rng = np.random.default_rng(0)
   true, prices = np.asarray([0.05, 0.09, 0.3]), StepPrices((0, 3, 8))
   np.testing.assert_allclose(prices.prices, [1, 1.06, 1.16])

@@ -135,7 +135,7 @@ def test_a_saved_program_takes_and_gives_what_it_did(tmp_path):
 
 
 def test_drafts_are_checked_as_decode_steps_would():
-  """Of 2 tokens after the last one; some rows have fewer, or are free slots."""
+  """Drafts have 2 tokens after the last one; some rows have shorter ones, some slots are free."""
   mesh = make_mesh((2, 2, 2))
   check, (weights, cache, tokens, counts) = phase_function(_case('verify', prompt=3), mesh)
   random = np.random.default_rng(0)
