@@ -96,7 +96,7 @@ def model_case(args) -> None:
   model = InferOptions(checkpoint=args.checkpoint, batch_size=args.slots, dtype=args.dtype)
   settings = engine.checkpoint.text
   served = make_served(engine, settings, model, options)
-  compile_programs(served, print)
+  compile_programs(served)
   prompts = [f'{i} {PROMPT}' for i in range(args.slots)]
 
   def stream() -> float:

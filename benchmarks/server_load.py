@@ -176,7 +176,7 @@ def main() -> int:
   )
   settings = engine.checkpoint.text
   served = make_served(engine, settings, model, options)
-  compile_programs(served, print)
+  compile_programs(served)
   before = compiled()
   with open(os.devnull, 'w', encoding='utf-8') as nowhere:
     service = make_service(served, settings, options, RequestLog(nowhere))

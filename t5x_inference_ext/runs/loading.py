@@ -1,6 +1,5 @@
 """Prepare an engine from a run's options, and print what is found, assumed and chosen."""
 
-from collections.abc import Callable
 import dataclasses
 import math
 from typing import Any
@@ -24,9 +23,7 @@ from t5x_inference_ext.sharding.mesh_choice import choose_mesh
 from t5x_inference_ext.speculation import parse_speculation
 
 
-def open_model(
-  options: InferOptions, say: Callable[[str], None] = print_on_main
-) -> tuple[Checkpoint, jax.sharding.Mesh]:
+def open_model(options: InferOptions) -> tuple[Checkpoint, jax.sharding.Mesh]:
   """Open the checkpoint and make the mesh. Does not read weights yet.
 
   Raises:
@@ -37,10 +34,10 @@ def open_model(
   # Check the mesh before reading the checkpoint: it may need more devices than there are.
   mesh = None if options.mesh is None else make_mesh(parse_mesh(options.mesh))
   if '://' in options.checkpoint:  # without credentials, retries take minutes
-    say(f'opening {options.checkpoint}, with the credentials of this machine')
+    print_on_main(f'opening {options.checkpoint}, with the credentials of this machine')
   checkpoint = open_checkpoint(options.checkpoint, config=options.config, **options.conventions)
   for note in checkpoint.notes:
-    say(note)
+    print_on_main(note)
   source = 'given'
   devices = jax.devices()
   if mesh is None:
@@ -50,22 +47,19 @@ def open_model(
   if options.speculate is not None and (draft := parse_speculation(options.speculate).path):
     open_draft_model(draft, checkpoint.config, mesh)
   processes = f' in {jax.process_count()} processes' if jax.process_count() > 1 else ''
-  say(
+  print_on_main(
     f'mesh: {mesh_text(mesh)} ({source}), {mesh.size} of {len(devices)} {devices[0].platform} '
     f'devices{processes}'
   )
   return checkpoint, mesh
 
 
-def explain_layout(
-  options: InferOptions, prompt_length: int, say: Callable[[str], None] = print_on_main
-) -> None:
+def explain_layout(options: InferOptions, prompt_length: int) -> None:
   """Print the sharding of every tensor of a run. The mesh may be larger than the machine.
 
   Args:
     options: Options of the run.
     prompt_length: Tokens of a prompt, BOS not counted.
-    say: Prints a line.
 
   Raises:
     CheckpointError: There is no checkpoint, or it holds another model.
@@ -92,15 +86,10 @@ def explain_layout(
     cache_length=options.cache_length or prompt_length + new_tokens,
   )
   here = math.prod(sizes) <= len(jax.devices())
-  say(explain(setting, make_mesh(sizes) if here else None))
+  print_on_main(explain(setting, make_mesh(sizes) if here else None))
 
 
-def load_engine(
-  options: InferOptions,
-  checkpoint: Checkpoint,
-  mesh: jax.sharding.Mesh,
-  say: Callable[[str], None] = print_on_main,
-) -> Engine:
+def load_engine(options: InferOptions, checkpoint: Checkpoint, mesh: jax.sharding.Mesh) -> Engine:
   """Load the weights onto the mesh, with a progress bar.
 
   Raises:
@@ -126,24 +115,21 @@ def load_engine(
       progress=lambda jobs: progress(jobs, 'loading weights', len(jobs)),
     )
   model = engine.model
-  say(
+  print_on_main(
     f'layouts: prefill {model.prefill_layout}, decode {model.decode_layout}, {options.dtype} '
     f'activations, {checkpoint.weights} weights, {model.cache_dtype} cache'
   )
   return engine
 
 
-def say_compiling(engine: Engine, say: Callable[[str], None] = print_on_main) -> None:
+def say_compiling(engine: Engine) -> None:
   """Print that the first rows have to wait for compilation, unless the program is a saved one."""
   if engine.executable is None:
-    say('compiling: the first rows come after this')
+    print_on_main('compiling: the first rows come after this')
 
 
 def batch_rows(
-  options: InferOptions,
-  engine: Engine,
-  rows: int | None,
-  say: Callable[[str], None] = print_on_main,
+  options: InferOptions, engine: Engine, rows: int | None, *, shown: bool = True
 ) -> int:
   """Return the batch size: batch_size, or `rows` if fewer, rounded up for the mesh.
 
@@ -151,15 +137,18 @@ def batch_rows(
     options: Options of the run.
     engine: The engine to run on.
     rows: Number of rows of the run; None if unknown, or if at least batch_size.
-    say: Prints a line.
+    shown: Whether to print the size.
   """
   if engine.executable:
-    say(f'batch: {engine.executable.run.batch} rows, as {options.executable} was compiled')
+    print_on_main(
+      f'batch: {engine.executable.run.batch} rows, as {options.executable} was compiled'
+    )
     return engine.executable.run.batch
   batch = engine.model.padded_batch(
     options.batch_size if rows is None else min(options.batch_size, rows)
   )
-  say(f'batch: {batch} rows{rounded_note(options, batch, engine)}')
+  if shown:
+    print_on_main(f'batch: {batch} rows{rounded_note(options, batch, engine)}')
   return batch
 
 

@@ -1,6 +1,6 @@
 """A run over a prompts file: JSONL prompts in, JSONL completions out, in the same order."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import dataclasses
 import os
 from typing import Any
@@ -29,16 +29,13 @@ _IDS_ALONE = ': completions have tokens only, no text'
 
 
 def prepare(
-  options: infer_options.InferOptions,
-  files: infer_options.PromptsFiles,
-  say: Callable[[str], None] = print_on_main,
+  options: infer_options.InferOptions, files: infer_options.PromptsFiles
 ) -> Iterator[Job]:
   """Context manager: prepare a run over a file. Errors are raised before weights are loaded.
 
   Args:
     options: Options of the run.
     files: Paths of the files to read and write.
-    say: Prints a line.
 
   Yields:
     One job.
@@ -51,7 +48,7 @@ def prepare(
     output.check_output(files.output, overwrite=files.overwrite, source=files.prompts)
     check_journal_path(_journal_path(files.output))
     rows = prompt_rows.read_rows(files.prompts, score=scoring)
-    checkpoint, mesh = loading.open_model(options, say)
+    checkpoint, mesh = loading.open_model(options)
     rows_of_model = checkpoint.config.vocab_size
     text = choose_settings(
       files.vocabulary,
@@ -63,7 +60,7 @@ def prepare(
     checkpoint = dataclasses.replace(checkpoint, text=text)
     vocabulary = text.vocabulary
     name, source = printable(text.name), printable(text.source)
-    say(f'vocabulary: {name} ({source}){"" if vocabulary else _IDS_ALONE}')
+    print_on_main(f'vocabulary: {name} ({source}){"" if vocabulary else _IDS_ALONE}')
     infer_options.check_vocab_size(options, rows_of_model)
     default = RowSampling(options.sampling, options.max_new_tokens, stop=options.stop)
     tokenized = prompt_rows.tokenize(
@@ -89,19 +86,21 @@ def prepare(
   distributed.check_same(
     options=options, prompts=tokenized, checkpoint=(checkpoint.notes, text.to_dict())
   )
-  engine = loading.load_engine(options, checkpoint, mesh, say)
+  engine = loading.load_engine(options, checkpoint, mesh)
   journal = Journal(
     _journal_path(files.output),
     (options, tokenized, checkpoint.path, checkpoint.step, checkpoint.notes, text.to_dict()),
   )
   if journal.done:
-    say(f'resumed: {len(journal.done)} of {len(rows)} rows were done when an earlier run ended')
+    print_on_main(
+      f'resumed: {len(journal.done)} of {len(rows)} rows were done when an earlier run ended'
+    )
   todo = [(row, each) for row, each in enumerate(tokenized) if row not in journal.done]
   clock = Clock()
   with journal.closed_on_error():
     with distributed.together():  # again: another run may have written the output meanwhile
       output.check_output(files.output, overwrite=files.overwrite, source=files.prompts)
-    work, shape = _work(engine, options, todo, clock, say)
+    work, shape = _work(engine, options, todo, clock)
 
   def to_json(row: int, result: Any) -> list[dict[str, Any]]:
     if scoring:
@@ -125,8 +124,8 @@ def prepare(
         'time': clock.to_dict(),
       },
     )
-    say(loading.run_summary(clock, options.mode))
-    say(f'wrote {files.output} and {record}')
+    print_on_main(loading.run_summary(clock, options.mode))
+    print_on_main(f'wrote {files.output} and {record}')
 
   yield Job(
     work, journal, to_json, write, Progress('scoring' if scoring else 'generating', len(todo))
@@ -143,16 +142,15 @@ def _work(
   options: infer_options.InferOptions,
   todo: list[tuple[int, prompt_rows.TokenizedRow]],
   clock: Clock,
-  say: Callable[[str], None],
 ) -> tuple[Work, dict[str, Any]]:
   """Return the work of the remaining rows, and its sizes for the record of the run."""
   text = engine.checkpoint.text
   if not todo:
     return NoWork(), {}
-  loading.say_compiling(engine, say)
+  loading.say_compiling(engine)
   if options.mode == 'score':
     longest = max(len(row.prompt) + len(row.completion) for _, row in todo)
-    tokens = loading.batch_rows(options, engine, len(todo), say) * batches.prompt_size(longest)
+    tokens = loading.batch_rows(options, engine, len(todo)) * batches.prompt_size(longest)
     group = [(i, ScoringExample.of(row.prompt, row.completion, text.bos_id)) for i, row in todo]
     return ScoreWork(engine, [group], tokens, clock), {'tokens': tokens}
   if options.continuous:
@@ -162,12 +160,11 @@ def _work(
       options,
       requests,
       clock,
-      say,
       vocabulary=text.vocabulary,
       slots=min(options.batch_size, options.num_decodes * len(todo)),
       max_length=options.cache_length,
     )
-  shape = _shape(options, engine, [row for _, row in todo], say)
+  shape = _shape(options, engine, [row for _, row in todo])
   prompts = [(i, row.prompt) for i, row in todo]
   in_step = distributed.lockstep(batches.batched(prompts, shape.batch))
   ends = text.end_ids[:1] if options.executable else text.end_ids
@@ -195,13 +192,10 @@ def _request(
 
 
 def _shape(
-  options: infer_options.InferOptions,
-  engine: Engine,
-  rows: list[prompt_rows.TokenizedRow],
-  say: Callable[[str], None],
+  options: infer_options.InferOptions, engine: Engine, rows: list[prompt_rows.TokenizedRow]
 ) -> batches.BatchShape:
   """Return the one shape of every static batch of a run."""
-  batch = loading.batch_rows(options, engine, len(rows), say)
+  batch = loading.batch_rows(options, engine, len(rows))
   longest = max(len(r.prompt) for r in rows)
   if engine.executable:
     run = engine.executable.run

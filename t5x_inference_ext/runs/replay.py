@@ -1,6 +1,5 @@
 """Replay of a receipt: runs its request again and compares the tokens."""
 
-from collections.abc import Callable
 import dataclasses
 import itertools
 
@@ -25,19 +24,13 @@ from t5x_inference_ext.text.vocabulary import Vocabulary
 from t5x_inference_ext.text.vocabulary_files import choose_settings
 
 
-def replay(
-  receipt: Receipt,
-  options: InferOptions,
-  vocabulary: str | None = None,
-  say: Callable[[str], None] = print_on_main,
-) -> bool:
+def replay(receipt: Receipt, options: InferOptions, vocabulary: str | None = None) -> bool:
   """Run the request of a receipt again; print for each sample whether its tokens are equal.
 
   Args:
     receipt: The receipt.
     options: Checkpoint, mesh, layouts and dtypes to run on. Other options are the receipt's.
     vocabulary: Value of the option --vocabulary, for stop texts and grammars.
-    say: Prints a line.
 
   Returns:
     Whether all tokens and finish reasons are equal.
@@ -47,7 +40,7 @@ def replay(
       before weights are loaded.
   """
   with distributed.together():
-    checkpoint, mesh = loading.open_model(options, say)
+    checkpoint, mesh = loading.open_model(options)
     _check_weights(receipt, checkpoint)
     request, config = receipt.request, checkpoint.config
     _check_request(request, config.vocab_size)
@@ -58,15 +51,17 @@ def replay(
     cache = options.cache or options.dtype
     memory.check_cache_fits(config, mesh, cache, min(options.batch_size, rows), positions)
   distributed.check_same(options=options, receipt=receipt, checkpoint=checkpoint.notes)
-  engine = loading.load_engine(options, checkpoint, mesh, say)
-  loading.say_compiling(engine, say)
+  engine = loading.load_engine(options, checkpoint, mesh)
+  loading.say_compiling(engine)
   samples = _run(engine, request, settings.vocabulary, options.batch_size)
   for line in _different_settings(receipt, engine):
-    say(line)
+    print_on_main(line)
   equal = True
   for i, (sample, (tokens, finish)) in enumerate(zip(samples, receipt.samples)):
     verdict = _compare(sample, tokens, finish)
-    say(f'sample {i}: {verdict or f"all {len(tokens)} tokens are equal, and the end: {finish}"}')
+    print_on_main(
+      f'sample {i}: {verdict or f"all {len(tokens)} tokens are equal, and the end: {finish}"}'
+    )
     equal &= not verdict
   return equal
 

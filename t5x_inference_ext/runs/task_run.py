@@ -201,8 +201,7 @@ def _prepare_task(
   # With fewer examples than a batch, a smaller batch suffices.
   samples = len(first) * options.num_decodes if len(first) < options.batch_size else None
   silent = options.continuous and not scoring  # refill_work prints the batch instead
-  say = (lambda text: None) if silent else print_on_main
-  batch = loading.batch_rows(options, engine, samples, say)
+  batch = loading.batch_rows(options, engine, samples, shown=not silent)
   checkpoint = engine.checkpoint
   journal = Journal(
     f'{path}.unfinished',
@@ -279,7 +278,6 @@ def _work(
       options,
       ((row, _request(row, tokens, options, engine.bos)) for row, tokens in prompts),
       clock,
-      print_on_main,
       ahead=batch,
       slots=batch,
       max_length=(options.max_length or longest + options.max_new_tokens) + 1,

@@ -8,7 +8,7 @@ a loop:
         ...
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import itertools
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from t5x_inference_ext.runs import loading
 from t5x_inference_ext.runs.batches import BatchShape, pad, row_seed
 from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.infer_options import InferOptions
+from t5x_inference_ext.runs.progress import print_on_main
 from t5x_inference_ext.text.vocabulary import Vocabulary
 
 
@@ -99,7 +100,6 @@ def refill_work(
   options: InferOptions,
   requests: Iterable[tuple[int, Request]],
   clock: Clock,
-  say: Callable[[str], None],
   *,
   ahead: int | None = None,
   vocabulary: Vocabulary | None = None,
@@ -112,7 +112,6 @@ def refill_work(
     options: Options of the run.
     requests: Pairs (row, request), in order.
     clock: Counts time, rows and tokens.
-    say: Prints a line.
     ahead: Number of requests to read at the start, to choose the sizes; None: all.
     vocabulary: Needed by stop texts and grammars.
     **sizes: Other arguments of scheduler_config.config_for.
@@ -131,10 +130,10 @@ def refill_work(
     **sizes,
   )
   note = loading.rounded_note(options, config.slots, engine)
-  say(f'batch: {config.slots} rows{note}, refilled as they end')
+  print_on_main(f'batch: {config.slots} rows{note}, refilled as they end')
   grammars = any(request.grammar for _, request in first)
   programs = config.programs_text(page_shards(engine.model, config.slots), grammars=grammars)
-  say(f'programs, at most {programs}')
+  print_on_main(f'programs, at most {programs}')
   scheduler = Scheduler(engine.model, engine.weights, config, vocabulary=vocabulary)
   work = RefillWork(scheduler, itertools.chain(first, requests), clock)
   return work, {'batch': config.slots, 'max_length': config.max_length}

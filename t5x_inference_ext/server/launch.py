@@ -1,6 +1,5 @@
 """Start a server from its options: load the engine, compile its programs, open the port."""
 
-from collections.abc import Callable
 import contextlib
 import dataclasses
 import functools
@@ -41,25 +40,18 @@ from t5x_inference_ext.text.vocabulary_files import choose_settings
 
 _CLOSE_SECONDS = 1  # seconds for the engine's thread to end
 
-_Say = Callable[[str], None]
-
 
 @takes_options(InferOptions, skip=NOT_SERVED)
 @takes_options(ServerOptions)
 @takes_options(ProcessOptions)
 def run_server(
-  *,
-  config: ModelConfig | None = None,
-  options_of_cache: CacheOptions | None = None,
-  say: _Say = print_on_main,
-  **options: Any,
+  *, config: ModelConfig | None = None, options_of_cache: CacheOptions | None = None, **options: Any
 ) -> None:
   """Serve until SIGTERM.
 
   Args:
     config: Model that the checkpoint must hold; None: any.
     options_of_cache: Options of the compilation cache; None: the defaults of CacheOptions.
-    say: Prints a line.
     **options: Options of InferOptions, ServerOptions and ProcessOptions, by their names.
 
   Raises:
@@ -69,28 +61,30 @@ def run_server(
   server = _taken(ServerOptions, options)
   model = InferOptions(config=config, **options)
   distributed.initialize(processes_of_run)
-  use_compilation_cache(options_of_cache or CacheOptions(), say)
+  use_compilation_cache(options_of_cache or CacheOptions(), print_on_main)
   with contextlib.ExitStack() as stack:
     with distributed.together():
       keys = read_keys(server)
       listener = stack.enter_context(bind(server)) if distributed.is_main() else None
-      checkpoint, mesh = loading.open_model(model, say)
+      checkpoint, mesh = loading.open_model(model)
       vocab_size = checkpoint.config.vocab_size
       settings = choose_settings(server.vocabulary, checkpoint.text, vocab_size, needed=False)
       _check_sizes(model, server, checkpoint, mesh)
     distributed.check_same(options=(model, server), checkpoint=checkpoint.notes)
-    say(f'vocabulary: {settings}')
+    print_on_main(f'vocabulary: {settings}')
     if settings.chat is None:
-      say('chat: the checkpoint has no chat template, so /v1/chat/completions is refused')
+      print_on_main('chat: the checkpoint has no chat template, so /v1/chat/completions is refused')
     if not keys and not is_loopback(server.host):
-      say(f'warning: anyone who reaches {server.host} may use this server: give --api_key_file')
-    engine = loading.load_engine(model, checkpoint, mesh, say)
+      print_on_main(
+        f'warning: anyone who reaches {server.host} may use this server: give --api_key_file'
+      )
+    engine = loading.load_engine(model, checkpoint, mesh)
     served = make_served(engine, settings, model, server)
-    compile_programs(served, say)
+    compile_programs(served)
     if listener is None:
       processes.follow(served.scheduler, served.inbox, served.ranker.rank)
     else:
-      _serve(make_service(served, settings, server), listener, say)
+      _serve(make_service(served, settings, server), listener)
 
 
 class ServedEngine(NamedTuple):
@@ -130,12 +124,13 @@ def make_served(
   return ServedEngine(engine, scheduler, inbox, PromptRanker(scheduler, engine.weights))
 
 
-def compile_programs(served: ServedEngine, say: _Say) -> None:
-  """Compile all programs that requests can need, and print how many."""
-  say('compiling: the port opens after this')
+def compile_programs(served: ServedEngine) -> int:
+  """Compile all programs that requests can need; print and return how many."""
+  print_on_main('compiling: the port opens after this')
   begin = time.monotonic()
   programs = [*served.scheduler.warm_up(), served.ranker.warm_up()]
-  say(f'compiled: {len(programs)} programs in {time.monotonic() - begin:.1f} s')
+  print_on_main(f'compiled: {len(programs)} programs in {time.monotonic() - begin:.1f} s')
+  return len(programs)
 
 
 def make_service(
@@ -157,9 +152,9 @@ def make_service(
   )
 
 
-def _serve(service: Service, listener: socket.socket, say: _Say) -> None:
+def _serve(service: Service, listener: socket.socket) -> None:
   """Serve until SIGTERM, then end the engine in all processes."""
-  server, driver = HttpServer(service, say), service.driver
+  server, driver = HttpServer(service, print_on_main), service.driver
   if jax.process_count() > 1:
     processes.watch_others(driver.fail_soon)
   try:
@@ -167,7 +162,7 @@ def _serve(service: Service, listener: socket.socket, say: _Say) -> None:
   finally:
     ended = driver.close(_CLOSE_SECONDS)
     service.log.close()
-  say('ended')
+  print_on_main('ended')
   if not ended or driver.error is not None:
     # The thread waits for a device or for a lost process, so only os._exit can end it.
     os._exit(int(driver.error is not None))

@@ -67,8 +67,7 @@ class _Parts:
     problems: One sentence for each problem found.
   """
 
-  def __init__(self, say: Callable[[str], None]) -> None:
-    self.say = say
+  def __init__(self) -> None:
     self.found: dict[str, Any] = {}
     self.problems: list[str] = []
 
@@ -85,15 +84,11 @@ class _Parts:
   def problem(self, text: str) -> None:
     """Record and print a problem."""
     self.problems.append(text)
-    self.say(f'WRONG: {text}')
+    print_on_main(f'WRONG: {text}')
 
 
-def selfcheck(options: SelfcheckOptions, say: Callable[[str], None] = print_on_main) -> bool:
+def selfcheck(options: SelfcheckOptions) -> bool:
   """Check this package on these devices, print a summary, and write the report.
-
-  Args:
-    options: The options.
-    say: Prints a line.
 
   Returns:
     Whether nothing is wrong: no golden token differs, and no part failed.
@@ -113,11 +108,11 @@ def selfcheck(options: SelfcheckOptions, say: Callable[[str], None] = print_on_m
     mesh = make_mesh(shape or choose_mesh(checkpoint.config, jax.devices()))
     distributed.check_mesh(mesh)
     check_model(checkpoint.config, mesh.shape)
-  parts = _Parts(say)
+  parts = _Parts()
   with contextlib.ExitStack() as stack:
     stack.enter_context(few_optimizations(mesh))
     int8 = functools.cache(lambda: _as_int8(checkpoint.path, stack))
-    parts.run('machine', lambda: _machine(mesh, say))
+    parts.run('machine', lambda: _machine(mesh))
     for weights in ('float32', 'int8'):
       source = int8 if weights == 'int8' else lambda: checkpoint
       name = f'golden tokens, {weights} weights'
@@ -128,11 +123,13 @@ def selfcheck(options: SelfcheckOptions, say: Callable[[str], None] = print_on_m
       parts.run(name, functools.partial(_serving, parts, source, mesh, goldens, served))
     for each in timing.timed_shapes(mesh):
       name = f'time of {each.phase}, {each.weights}, batch {each.batch}'
-      parts.run(name, functools.partial(_time, each, mesh, say))
+      parts.run(name, functools.partial(_time, each, mesh))
   parts.run('memory', machine.device_memory)
   _write(options.output, parts)
   wrong = len(parts.problems)
-  say('nothing is wrong' if not wrong else f'{wrong} problems were found: see WRONG above')
+  print_on_main(
+    'nothing is wrong' if not wrong else f'{wrong} problems were found: see WRONG above'
+  )
   return not wrong
 
 
@@ -166,9 +163,9 @@ def _as_int8(source: str, stack: contextlib.ExitStack) -> Checkpoint:
   return open_checkpoint(converted)
 
 
-def _machine(mesh: jax.sharding.Mesh, say: Callable[[str], None]) -> dict[str, Any]:
+def _machine(mesh: jax.sharding.Mesh) -> dict[str, Any]:
   found = machine.describe_machine(mesh)
-  say(machine.machine_text(found))
+  print_on_main(machine.machine_text(found))
   return found
 
 
@@ -178,7 +175,7 @@ def _golden(
   checkpoint, pairs = source(), golden.layout_pairs()
   if checkpoint.weights == 'int8':  # resharding the cache does not depend on the weights' dtype
     pairs = [(prefill, decode) for prefill, decode in pairs if prefill == decode]
-  parts.say(f'{checkpoint.weights} weights: {len(pairs)} pairs of layouts ...')
+  print_on_main(f'{checkpoint.weights} weights: {len(pairs)} pairs of layouts ...')
   results = []
   for result in golden.check_goldens(checkpoint, mesh, goldens, pairs):
     results.append(dataclasses.asdict(result))
@@ -187,7 +184,7 @@ def _golden(
   skipped = sum(bool(result['impossible']) for result in results)
   equal = sum(not result['different'] for result in results) - skipped
   note = f'; this mesh can not have {skipped}' if skipped else ''
-  parts.say(
+  print_on_main(
     f'{checkpoint.weights} weights: golden tokens in {equal} of {len(pairs)} pairs of layouts{note}'
   )
   return results
@@ -212,19 +209,17 @@ def _serving(
     parts.problem(f'{text}; rows {found["different_rows"]} differ')
   else:
     rounded = '' if found['golden'] else ' (it rounds, so tokens may differ from the golden ones)'
-    parts.say(f'{text}{rounded}, {found["tokens_per_second"]:.0f} tokens/s')
+    print_on_main(f'{text}{rounded}, {found["tokens_per_second"]:.0f} tokens/s')
   return found
 
 
-def _time(
-  shape: timing.TimedShape, mesh: jax.sharding.Mesh, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _time(shape: timing.TimedShape, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   found = timing.time_shape(shape, mesh)
   estimated = ''
   if found['estimated_seconds']:
     overlapped, serial = map(seconds_text, found['estimated_seconds'])
     estimated = f', estimated {overlapped} to {serial}'
-  say(
+  print_on_main(
     f'{shape.phase} of {shape.name}, {shape.weights}, batch {shape.batch}: measured '
     f'{seconds_text(found["seconds"])}{estimated}; compiled in {found["compile_seconds"]:.1f} s'
   )
@@ -247,4 +242,4 @@ def _write(path: str | None, parts: _Parts) -> None:
       indent=1,
     )
     file.write('\n')
-  parts.say(f'report to send back: {path}')
+  print_on_main(f'report to send back: {path}')
