@@ -40,7 +40,7 @@ class ServedService:
     listener = bind(service.options)
     self.url = address_of(listener)
     self._service = service
-    self._thread = threading.Thread(target=self._server.run_until_stopped, args=(listener,))
+    self._thread = threading.Thread(target=self._server.run, args=([listener],))
     self._thread.start()
     self._ready.wait()
 

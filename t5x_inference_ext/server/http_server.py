@@ -85,11 +85,6 @@ class HttpServer(uvicorn.Server):
     self._service.driver.start(self._loop)
     await super().serve(sockets)
 
-  def run_until_stopped(self, listener: socket.socket) -> None:
-    """Serve on a socket, in an event loop of its own."""
-    with asyncio.Runner(loop_factory=self.config.get_loop_factory()) as runner:
-      runner.run(self.serve([listener]))
-
   async def startup(self, sockets: list[socket.socket] | None = None) -> None:
     """Start listening, and print the address."""
     await super().startup(sockets)

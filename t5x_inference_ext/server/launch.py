@@ -158,7 +158,7 @@ def _serve(service: Service, listener: socket.socket) -> None:
   if jax.process_count() > 1:
     processes.watch_others(driver.fail_soon)
   try:
-    server.run_until_stopped(listener)
+    server.run([listener])
   finally:
     ended = driver.close(_CLOSE_SECONDS)
     service.log.close()

@@ -17,7 +17,7 @@ def running(service):
   lines = []
   server, listener = HttpServer(service, lines.append), bind(service.options)
   url = address_of(listener)
-  thread = threading.Thread(target=server.run_until_stopped, args=(listener,), daemon=True)
+  thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
   thread.start()
   try:
     until(lambda: f'ready on {url}' in lines)

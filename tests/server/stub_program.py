@@ -13,7 +13,7 @@ from t5x_inference_ext.server.options import ServerOptions
 def main(drain_seconds: str, seconds: str) -> None:
   options = ServerOptions(port=0, drain_seconds=int(drain_seconds))
   service = stub_service(options, seconds=float(seconds))
-  HttpServer(service, lambda line: print(line, flush=True)).run_until_stopped(bind(options))
+  HttpServer(service, lambda line: print(line, flush=True)).run([bind(options)])
   assert service.driver.close(5)
   service.log.close()
 
