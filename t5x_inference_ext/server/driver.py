@@ -6,6 +6,7 @@ per step. Only the event loop calls the methods, except those below the comment 
 
 import asyncio
 from collections.abc import Callable, Hashable, Sequence
+import concurrent.futures
 import dataclasses
 import threading
 import time
@@ -61,11 +62,8 @@ class Ticket:
     return self.checked.request
 
 
-class _Score:
-  """A prompt that waits to be scored, and the future of its result."""
-
-  def __init__(self, prompt: PromptToScore, future: asyncio.Future) -> None:
-    self.prompt, self.future = prompt, future
+# A prompt that waits to be scored, and the future of its result.
+_Score = tuple[PromptToScore, concurrent.futures.Future[Any]]
 
 
 class Driver:
@@ -142,13 +140,12 @@ class Driver:
     Raises:
       ApiError: The engine has failed.
     """
-    assert self._loop is not None
-    future = self._loop.create_future()
+    future = concurrent.futures.Future[Any]()
     with self._wake:
       self._check_alive()
-      self._scores.append(_Score(prompt, future))
+      self._scores.append((prompt, future))
       self._wake.notify()
-    return await future
+    return await asyncio.wrap_future(future)
 
   def fail(self, reason: str) -> None:
     """Mark the engine as failed, and report it to all listeners. Works even if the thread hangs."""
@@ -164,9 +161,9 @@ class Driver:
     error = unavailable(f'the engine has stopped: {reason}', 'engine_dead')
     for ticket in tickets:
       ticket.listener.fail(error)
-    for each in scores:
-      if not each.future.done():
-        each.future.set_exception(error)
+    for _, future in scores:
+      if future.set_running_or_notify_cancel():
+        future.set_exception(error)
 
   def fail_soon(self, reason: str) -> None:
     """Call `fail` in the event loop. Any thread may call this."""
@@ -197,7 +194,7 @@ class Driver:
         self._wake.wait()
       scores = self._take_scores()
       self._feed()
-    self._inbox.begin_step([each.prompt for each in scores])
+    self._inbox.begin_step([prompt for prompt, _ in scores])
     if self._inbox.closed:
       return False
     if scores:
@@ -218,19 +215,22 @@ class Driver:
 
   def _take_scores(self) -> list[_Score]:
     """Take only as many prompts to score as fit into one batch, since decoding rows wait for it."""
-    self._scores = [each for each in self._scores if not each.future.cancelled()]
     count = self.scheduler.config.prefill_rows
-    taken, self._scores = self._scores[:count], self._scores[count:]
-    return taken
+    waiting = [(prompt, future) for prompt, future in self._scores if not future.cancelled()]
+    self._scores = waiting[count:]
+    return [each for each in waiting[:count] if each[1].set_running_or_notify_cancel()]
 
   def _score_all(self, scores: list[_Score]) -> None:
     """Score prompts and deliver the results. An error ends only these prompts, not other rows."""
     try:
-      results = self._score([each.prompt for each in scores])
+      results = self._score([prompt for prompt, _ in scores])
     except Exception as error:  # such as too little memory for a long prompt
       why = f'the prompt could not be scored ({type(error).__name__}): try a shorter one'
-      results = [ApiError(500, why, code='scoring_failed')] * len(scores)
-    self._call(_resolve, scores, results)
+      for _, future in scores:
+        future.set_exception(ApiError(500, why, code='scoring_failed'))
+    else:
+      for (_, future), result in zip(scores, results):
+        future.set_result(result)
 
   def _feed(self) -> None:
     """Submit as many tickets to the scheduler as it can start."""
@@ -252,13 +252,3 @@ class Driver:
           if not ticket.left:
             del self._tickets[event.request]
         ticket.listener.push(ticket, event)
-
-
-def _resolve(scores: list[_Score], results: list[Any]) -> None:
-  for each, result in zip(scores, results):
-    if each.future.done():
-      continue
-    if isinstance(result, ApiError):
-      each.future.set_exception(result)
-    else:
-      each.future.set_result(result)
