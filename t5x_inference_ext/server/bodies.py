@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 
-from t5x_inference_ext.errors import printable
+from t5x_inference_ext.errors import name_list, printable
 from t5x_inference_ext.options import LARGEST_WHOLE, short_repr
 from t5x_inference_ext.server.api_errors import ApiError, invalid
 
@@ -13,7 +13,6 @@ MAX_CHOICES = 128  # maximum number of samples of a prompt
 MAX_SAMPLES = 1024  # maximum number of samples of all prompts of a request
 MAX_TOP = 20  # maximum number of most likely tokens returned with each token
 MAX_STOPS = 16  # maximum number of stop texts
-_MAX_NAMES = 12  # maximum number of unknown fields that an error names
 # Parts of a pydantic error location that name a member of a union, not a field.
 _TYPE = re.compile(r'str|list\[.*\]')
 
@@ -256,9 +255,8 @@ def _validation_error(error: pydantic.ValidationError) -> ApiError:
   errors = error.errors(include_url=False)
   unknown = [_path(each['loc']) for each in errors if each['type'] == 'extra_forbidden']
   if unknown:
-    names = ', '.join(unknown[:_MAX_NAMES])
-    more = f' and {len(unknown) - _MAX_NAMES} more' if len(unknown) > _MAX_NAMES else ''
-    return invalid(f'unknown fields: {names}{more}', unknown[0], 'unknown_field')
+    names = name_list(unknown, len(unknown))
+    return invalid(f'unknown fields: {names}', unknown[0], 'unknown_field')
   first = errors[0]
   message = first['msg'].removeprefix('Input ').removeprefix('Value error, ')
   path = _path(first['loc'])

@@ -13,11 +13,6 @@ from t5x_inference_ext.server.token_text import TokenTexts
 FINISHES = {'eos': 'stop', 'stop': 'stop', 'length': 'length'}
 
 
-def new_id(kind: str) -> str:
-  """Return a new random id, which can't be guessed."""
-  return f'{kind}-{secrets.token_hex(12)}'
-
-
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
   """Return the API's token counts. BOS and the token that ends a sample are counted."""
   return {
@@ -38,7 +33,7 @@ class _Form:
   """
 
   def __init__(self, kind: str, name: str, chunk_name: str, model: str) -> None:
-    self.id = new_id(kind)
+    self.id = f'{kind}-{secrets.token_hex(12)}'  # can't be guessed
     self._name = name
     self._head = {'id': self.id, 'object': chunk_name, 'created': int(time.time()), 'model': model}
 

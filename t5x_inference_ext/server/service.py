@@ -75,11 +75,6 @@ class Service:
     """The scheduler."""
     return self.driver.scheduler
 
-  @property
-  def max_top(self) -> int:
-    """Maximum number of most likely tokens that a request can get."""
-    return self.scheduler.config.top_log_probs
-
   def check_open(self) -> None:
     """Raise ApiError if the server accepts no new work."""
     if self.draining:
@@ -127,6 +122,6 @@ class Service:
       'weights': self.facts.weights,
       'cache': model.cache_dtype,
       'max_length': self.translator.max_length,
-      'max_logprobs': self.max_top,
-      'chat': self.translator.chats,
+      'max_logprobs': self.scheduler.config.top_log_probs,
+      'chat': self.translator.settings.chat is not None,
     }

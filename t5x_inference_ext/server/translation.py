@@ -36,11 +36,6 @@ class Translator:
     self._vocab_size, self.max_length = vocab_size, max_length
 
   @property
-  def chats(self) -> bool:
-    """Whether conversations can be rendered."""
-    return self._chat is not None
-
-  @property
   def bos(self) -> tuple[int, ...]:
     """The ids in front of every prompt: [BOS] or []."""
     return self.settings.front
