@@ -11,7 +11,7 @@ from t5x_inference_ext.server.driver import Driver
 from t5x_inference_ext.server.lockstep import StepInbox
 from t5x_inference_ext.server.options import ServerOptions
 from t5x_inference_ext.server.request_log import RequestLog
-from t5x_inference_ext.server.service import Facts, Service
+from t5x_inference_ext.server.service import Service
 from t5x_inference_ext.server.translation import Translator
 from t5x_inference_ext.text.settings import TextSettings
 
@@ -118,7 +118,8 @@ def stub_service(
   return Service(
     Driver(scheduler, inbox, lambda prompts: []),
     Translator(settings, VOCAB_SIZE, options.max_length),
-    Facts('stub', 'float32'),
+    'stub',
+    'float32',
     options,
     log or RequestLog(),
     lambda request, samples, seconds: {'seconds': seconds},

@@ -143,7 +143,7 @@ async def _model(service: Service, request: Request) -> Response:
 
 def _card(service: Service) -> dict[str, Any]:
   return {
-    'id': service.facts.name,
+    'id': service.name,
     'object': 'model',
     'created': service.began,
     'owned_by': 't5x_inference_ext',

@@ -58,7 +58,7 @@ async def complete(service: Service, request: Request) -> ASGIApp:
       echoes = await asyncio.gather(
         *(_echo(service, body, prompt, each) for prompt, each in zip(prompts, found))
       )
-    return CompletionForm(body, service.facts.name, service.texts, echoes, ids)
+    return CompletionForm(body, service.name, service.texts, echoes, ids)
 
   sizes = [size_of(prompt) for prompt in prompts]
   return await _answer(service, request, body, sizes, requests, form, sum(sizes) > SHORT)
@@ -81,7 +81,7 @@ async def chat(service: Service, request: Request) -> ASGIApp:
 
   async def form(found: _Requests) -> _Form:
     del found
-    return ChatForm(body, service.facts.name, service.texts)
+    return ChatForm(body, service.name, service.texts)
 
   # Render in another thread, since a template may take long even for short messages.
   sizes = [size_of(messages) + size_of(body.tools)]

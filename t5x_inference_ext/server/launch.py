@@ -33,7 +33,7 @@ from t5x_inference_ext.server.http_server import HttpServer, bind
 from t5x_inference_ext.server.lockstep import StepInbox
 from t5x_inference_ext.server.options import NOT_SERVED, ServerOptions
 from t5x_inference_ext.server.request_log import RequestLog
-from t5x_inference_ext.server.service import Facts, Service
+from t5x_inference_ext.server.service import Service
 from t5x_inference_ext.server.translation import Translator
 from t5x_inference_ext.text.settings import TextSettings
 from t5x_inference_ext.text.vocabulary_files import choose_settings
@@ -145,7 +145,8 @@ def make_service(
   return Service(
     Driver(served.scheduler, served.inbox, served.ranker.rank),
     Translator(settings, engine.model.config.vocab_size, options.max_length),
-    Facts(name, checkpoint.weights),
+    name,
+    checkpoint.weights,
     options,
     log or RequestLog(),
     functools.partial(make_receipt, engine),

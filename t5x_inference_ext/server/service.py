@@ -1,6 +1,5 @@
 """The objects that all routes of a server share: driver, limits, metrics, log and state."""
 
-import dataclasses
 import time
 from typing import Any
 
@@ -21,26 +20,14 @@ from t5x_inference_ext.sharding.mesh import mesh_text
 DRAIN_RETRY = 10  # Retry-After of a draining server, in seconds
 
 
-@dataclasses.dataclass(frozen=True)
-class Facts:
-  """Facts about the model, known before the first request.
-
-  Attributes:
-    name: Name in requests.
-    weights: Kind of the weights: 'int8', 'float32', ...
-  """
-
-  name: str
-  weights: str
-
-
 class Service:
   """The objects that all routes of one server share.
 
   Args:
     driver: The engine's thread.
     translator: Converts request bodies to engine requests.
-    facts: The model's name and weights.
+    name: Name of the model in requests.
+    weights: Dtype of the matrices: 'int8', 'float32', ...
     options: The server's options.
     log: The log of requests.
     make_receipt: Makes receipts.
@@ -55,15 +42,17 @@ class Service:
     self,
     driver: Driver,
     translator: Translator,
-    facts: Facts,
+    name: str,
+    weights: str,
     options: ServerOptions,
     log: RequestLog,
     make_receipt: MakeReceipt,
   ) -> None:
-    self.driver, self.translator, self.facts, self.options = driver, translator, facts, options
+    self.driver, self.translator, self.options = driver, translator, options
+    self.name, self.weights = name, weights
     self.log, self.make_receipt = log, make_receipt
     self.bounds = WaitingBounds(options.max_waiting_requests, options.max_waiting_tokens)
-    self.metrics = Metrics(facts.name, self.load)
+    self.metrics = Metrics(name, self.load)
     self.texts = TokenTexts(translator.vocabulary)
     self.keys, self.hosts = Keys(read_keys(options)), Hosts(options)
     self.draining = False
@@ -84,10 +73,10 @@ class Service:
 
   def check_model(self, name: str | None) -> None:
     """Raise ApiError if a request asks for another model."""
-    if name is not None and name != self.facts.name:
+    if name is not None and name != self.name:
       raise ApiError(
         404,
-        f'there is no model {name[:60]!r}: this server has {self.facts.name!r}',
+        f'there is no model {name[:60]!r}: this server has {self.name!r}',
         param='model',
         code='model_not_found',
       )
@@ -107,7 +96,7 @@ class Service:
     return {
       'state': 'dead' if dead else 'draining' if self.draining else 'ready',
       'error': self.driver.error,
-      'model': self.facts.name,
+      'model': self.name,
       'version': __version__,
       'uptime_seconds': time.monotonic() - self._started,
       'slots': {'used': load.slots_used, 'total': load.slots},
@@ -119,7 +108,7 @@ class Service:
       'mesh': mesh_text(model.mesh),
       'layouts': {'prefill': str(model.prefill_layout), 'decode': str(model.decode_layout)},
       'dtype': model.dtype,
-      'weights': self.facts.weights,
+      'weights': self.weights,
       'cache': model.cache_dtype,
       'max_length': self.translator.max_length,
       'max_logprobs': self.scheduler.config.top_log_probs,
