@@ -95,9 +95,6 @@ class FairQueue(Generic[_T]):
   def __bool__(self) -> bool:
     return bool(self._clients)
 
-  def __len__(self) -> int:
-    return sum(map(len, self._clients.values()))
-
   def add(self, client: Hashable, item: _T) -> None:
     """Add an item after the client's other items."""
     self._clients.setdefault(client, {})[item] = None

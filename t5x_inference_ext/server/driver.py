@@ -182,7 +182,7 @@ class Driver:
         pass
     except BaseException as error:  # any error: clients must not wait for the thread
       reason = str(error) if isinstance(error, UserError) else f'{type(error).__name__}: {error}'
-      self._call(self.fail, reason)
+      self.fail_soon(reason)
 
   def _step(self) -> bool:
     """Wait for work and run a step; return False if the driver is closed and has no work left."""

@@ -73,9 +73,9 @@ class TestFairQueue:
       queue.add('many', f'm{i}')
     queue.add('few', 'f0')
     queue.add('few', 'f1')
-    assert len(queue) == 6 and queue
+    assert queue
     assert [queue.take() for _ in range(6)] == ['m0', 'f0', 'm1', 'f1', 'm2', 'm3']
-    assert not queue and len(queue) == 0
+    assert not queue
 
   def test_items_can_be_removed(self):
     queue = FairQueue()
