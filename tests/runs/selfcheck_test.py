@@ -36,8 +36,8 @@ def quick(monkeypatch):
   """Leaves one part of each kind."""
   monkeypatch.setattr(golden, 'layout_pairs', lambda: PAIRS[:1])
   monkeypatch.setattr(selfcheck, '_SERVED', selfcheck._SERVED[:1])
-  shapes = timing.timed_shapes
-  monkeypatch.setattr(timing, 'timed_shapes', lambda mesh: shapes(mesh)[:1])
+  cases = timing.timed_cases
+  monkeypatch.setattr(timing, 'timed_cases', lambda mesh: cases(mesh)[:1])
 
 
 def test_golden_tokens_are_t5xs_own(goldens, golden_rows):

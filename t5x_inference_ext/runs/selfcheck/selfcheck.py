@@ -20,6 +20,7 @@ from t5x_inference_ext.checkpoints.convert import convert
 from t5x_inference_ext.checkpoints.identity import weights_identity
 from t5x_inference_ext.errors import RequestError, UserError, printable
 from t5x_inference_ext.options import check_options, option
+from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.runs import output
 from t5x_inference_ext.runs.progress import print_on_main
 from t5x_inference_ext.runs.selfcheck import golden, machine, serving, timing
@@ -121,9 +122,9 @@ def selfcheck(options: SelfcheckOptions) -> bool:
       source = int8 if served[0] == 'int8' else lambda: checkpoint
       name = f'serving, {served[0]} weights, {served[1]} activations, {served[2]} cache'
       parts.run(name, functools.partial(_serving, parts, source, mesh, goldens, served))
-    for each in timing.timed_shapes(mesh):
-      name = f'time of {each.phase}, {each.weights}, batch {each.batch}'
-      parts.run(name, functools.partial(_time, each, mesh))
+    for model, case in timing.timed_cases(mesh):
+      name = f'time of {case.phase}, {case.weights}, batch {case.batch}'
+      parts.run(name, functools.partial(_time, model, case, mesh))
   parts.run('memory', machine.device_memory)
   _write(options.output, parts)
   wrong = len(parts.problems)
@@ -213,14 +214,14 @@ def _serving(
   return found
 
 
-def _time(shape: timing.TimedShape, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  found = timing.time_shape(shape, mesh)
+def _time(model: str, case: CompileCase, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  found = timing.time_case(model, case, mesh)
   estimated = ''
   if found['estimated_seconds']:
     overlapped, serial = map(seconds_text, found['estimated_seconds'])
     estimated = f', estimated {overlapped} to {serial}'
   print_on_main(
-    f'{shape.phase} of {shape.name}, {shape.weights}, batch {shape.batch}: measured '
+    f'{case.phase} of {model}, {case.weights}, batch {case.batch}: measured '
     f'{seconds_text(found["seconds"])}{estimated}; compiled in {found["compile_seconds"]:.1f} s'
   )
   return found

@@ -13,66 +13,41 @@ from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.precompile.estimate import estimate
 from t5x_inference_ext.precompile.program import Program, compile_case
 from t5x_inference_ext.runs.selfcheck.machine import device_memory, slice_of
-from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import AXES, mesh_shape
 
 REPEATS, STEPS = 5, 5  # each repeat runs this many steps in a row
 
 
-@dataclasses.dataclass(frozen=True)
-class TimedShape:
-  """A program to time.
+def timed_cases(mesh: jax.sharding.Mesh) -> list[tuple[str, CompileCase]]:
+  """Return the programs to time, each with its model's name.
 
-  Attributes:
-    name: Name of the model.
-    config: The model.
-    phase: 'decode' or 'prefill'.
-    weights: 'int8' or 'bfloat16'.
-    batch: B.
-    context: S, positions of each row's cache.
-    prompt: T, positions of each row in a prefill.
-    layout: Layout of the phase.
+  The model is small on CPUs, else a quarter of PaLM 8B.
   """
-
-  name: str
-  config: ModelConfig
-  phase: str
-  weights: str
-  batch: int
-  context: int
-  prompt: int | None = None
-  layout: str = 'ws_2d/batch'
-
-
-def timed_shapes(mesh: jax.sharding.Mesh) -> list[TimedShape]:
-  """Return the programs to time: of a small model on CPUs, else of a quarter of PaLM 8B."""
   if mesh.devices.flat[0].platform == 'cpu':
     tiny = ModelConfig(num_layers=2, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=512)
     name, config, batch, context, prompt = 'a model of 2 layers', tiny, mesh.size, 128, 32
   else:
     few = dataclasses.replace(preset('palm_8b'), num_layers=8)
     name, config, batch, context, prompt = '8 layers of PaLM 8B', few, 64, 2048, 512
-  shapes = [
-    TimedShape(name, config, 'decode', weights, batch, context) for weights in ('int8', 'bfloat16')
+  cases = [
+    *(CompileCase(config, dtype, 'decode', batch, context) for dtype in ('int8', 'bfloat16')),
+    CompileCase(config, 'int8', 'prefill', mesh.size, context, prompt=prompt),
   ]
-  return [*shapes, TimedShape(name, config, 'prefill', 'int8', mesh.size, context, prompt)]
+  return [(name, case) for case in cases]
 
 
-def time_shape(shape: TimedShape, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Compile and time a program on zeros; return its times and its estimate, JSON-ready."""
-  case = CompileCase(
-    shape.config,
-    shape.weights,
-    shape.phase,
-    shape.batch,
-    shape.context,
-    Layout.parse(shape.layout),
-    shape.prompt,
-  )
+def time_case(name: str, case: CompileCase, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Compile and time a program on zeros; return its times and its estimate, JSON-ready.
+
+  Args:
+    name: Name of the model.
+    case: The program.
+    mesh: The devices.
+  """
   program = compile_case(case, mesh)
   measured = _measure(program)
   return {
-    'model': shape.name,
+    'model': name,
     **{name: value for name, value in case.to_dict().items() if name != 'model'},
     'compile_seconds': program.seconds,
     'seconds': statistics.median(measured),
