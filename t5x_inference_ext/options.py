@@ -114,6 +114,12 @@ def takes_options(
   return decorate
 
 
+def pop_options(kind: Any, options: dict[str, Any]) -> Any:
+  """Make a dataclass from the options that are its fields, and remove them from `options`."""
+  names = [field.name for field in dataclasses.fields(kind) if field.name in options]
+  return kind(**{name: options.pop(name) for name in names})
+
+
 def has_type(value: Any, annotation: Any) -> bool:
   """Return whether a value has the annotated type, without checking items of containers."""
   if _is_union(annotation):

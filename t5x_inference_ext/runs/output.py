@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import tempfile
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 from t5x_inference_ext import distributed
 from t5x_inference_ext.errors import RequestError
@@ -57,11 +57,6 @@ def check_output(path: str, *, overwrite: bool, source: str) -> None:
     )
 
 
-def open_text(path: str, mode: str) -> TextIO:
-  """Open a UTF-8 file."""
-  return cast(TextIO, open(path, mode, encoding='utf-8'))
-
-
 @contextlib.contextmanager
 def whole_file(path: str) -> Iterator[TextIO]:
   """Context manager: open a temporary file for writing; rename it to `path` on exit.
@@ -72,7 +67,7 @@ def whole_file(path: str) -> Iterator[TextIO]:
     RequestError: The file can't be written, for example on a full disk.
   """
   if not distributed.is_main():
-    with open_text(os.devnull, 'w') as file:
+    with open(os.devnull, 'w', encoding='utf-8') as file:
       yield file
     return
   directory, name = os.path.split(os.path.abspath(path))

@@ -18,7 +18,7 @@ from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.request import Completion, Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.options import takes_options
+from t5x_inference_ext.options import pop_options, takes_options
 from t5x_inference_ext.rendezvous import ProcessOptions
 from t5x_inference_ext.runs import batches, loading, task_rows, tasks
 from t5x_inference_ext.runs.clock import Clock
@@ -97,10 +97,7 @@ def infer(
   Raises:
     UserError: Anything that the user can fix. Raised before weights are loaded.
   """
-  processes = {
-    field.name: options.pop(field.name, None) for field in dataclasses.fields(ProcessOptions)
-  }
-  distributed.initialize(ProcessOptions(**processes))
+  distributed.initialize(pop_options(ProcessOptions, options))
   with contextlib.suppress(RuntimeError):  # the user's module already uses TensorFlow
     # Otherwise TensorFlow would reserve the GPU memory that jax needs.
     tf.config.set_visible_devices([], 'GPU')

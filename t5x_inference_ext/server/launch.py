@@ -1,7 +1,6 @@
 """Start a server from its options: load the engine, compile its programs, open the port."""
 
 import contextlib
-import dataclasses
 import functools
 import os
 import socket
@@ -19,7 +18,7 @@ from t5x_inference_ext.engine.ranking import PromptRanker
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import config_for
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.options import takes_options
+from t5x_inference_ext.options import pop_options, takes_options
 from t5x_inference_ext.rendezvous import ProcessOptions
 from t5x_inference_ext.runs import loading, memory
 from t5x_inference_ext.runs.infer_options import InferOptions
@@ -57,8 +56,8 @@ def run_server(
   Raises:
     UserError: Anything that the user can fix. Raised before weights are loaded.
   """
-  processes_of_run = _taken(ProcessOptions, options)
-  server = _taken(ServerOptions, options)
+  processes_of_run = pop_options(ProcessOptions, options)
+  server = pop_options(ServerOptions, options)
   model = InferOptions(config=config, **options)
   distributed.initialize(processes_of_run)
   use_compilation_cache(options_of_cache or CacheOptions(), print_on_main)
@@ -181,9 +180,3 @@ def _check_sizes(
   memory.check_cache_fits(
     checkpoint.config, mesh, model.cache or model.dtype, model.batch_size, server.max_length
   )
-
-
-def _taken(kind: type, options: dict[str, Any]) -> Any:
-  """Build a dataclass from `options`, and remove its fields from them."""
-  names = [each.name for each in dataclasses.fields(kind) if each.name in options]
-  return kind(**{name: options.pop(name) for name in names})
