@@ -87,11 +87,6 @@ class Checkpoint:
     """The chat template; None if there is none."""
     return self.text.chat
 
-  @property
-  def generation_defaults(self) -> Mapping[str, float]:
-    """Sampling options that the checkpoint recommends, by name."""
-    return self.text.generation_defaults
-
 
 @takes_options(Conventions)
 def open_checkpoint(
@@ -212,7 +207,9 @@ def _from_serving(
   check_stated(given, found, where)
   if config is not None and config != found:
     _compare(config, found, header['weights'], path)
-  tensors = serving.read_tensors(path, found, header['weights'])
+  tensors = serving.read_listed(
+    path, serving.serving_tensors(found, header['weights']), serving.CONFIG
+  )
   step = header['source'].get('step')
   conventions = recorded_in(header)
   notes = (

@@ -239,23 +239,6 @@ def read_text(path: str, header: Mapping[str, Any], rows: int) -> TextSettings:
   )
 
 
-def read_tensors(
-  path: str, config: ModelConfig, weights: str, cached: bool = True
-) -> dict[str, ServingTensor]:
-  """Return the tensors of a serving checkpoint, by name.
-
-  Args:
-    path: Directory of the checkpoint.
-    config: The model.
-    weights: 'int8' or 'bfloat16'.
-    cached: Whether decoded chunks are cached; False reads from the disk each time.
-
-  Raises:
-    CheckpointError: An array is missing, or does not have the model's shape and dtype.
-  """
-  return read_listed(path, serving_tensors(config, weights), CONFIG, cached)
-
-
 def read_listed(
   path: str, listed: dict[str, tuple[tuple[int, ...], str]], header_file: str, cached: bool = True
 ) -> dict[str, ServingTensor]:
@@ -265,7 +248,10 @@ def read_listed(
     path: The directory. Each array has its own directory in it, named after it.
     listed: Shape and dtype name of each array, by name.
     header_file: Name of the file that lists the arrays, for messages.
-    cached: See read_tensors.
+    cached: Whether decoded chunks are cached; False reads from the disk each time.
+
+  Raises:
+    CheckpointError: An array is missing, or does not have its listed shape and dtype.
   """
   data = storage.read_file(path, CHECKSUMS)
   if data is None:

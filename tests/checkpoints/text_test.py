@@ -53,7 +53,7 @@ def test_a_tokenizer_travels_with_all_that_goes_with_it(finished):
   # BOS is the model's: T5X begins rows with 0, whatever the tokenizer would do.
   assert (checkpoint.bos_id, checkpoint.end_ids) == (0, (2,))
   assert checkpoint.chat_template.render([{'role': 'user', 'content': 'hi'}]) == 'hi'
-  assert checkpoint.generation_defaults == {'temperature': 0.6, 'top_p': 0.9}
+  assert checkpoint.text.generation_defaults == {'temperature': 0.6, 'top_p': 0.9}
   assert (finished / 'tokenizer.json').read_bytes() == vocabularies.llama_json()
   assert len(verify(finished, finished.parent / 'source')) == 2
 
@@ -71,7 +71,7 @@ def test_bytes_are_recorded_and_what_is_not_known_is_not(source, finished, tmp_p
   convert.convert(source / 'source', tmp_path / 'none')
   checkpoint = open_checkpoint(tmp_path / 'none')
   assert (checkpoint.vocabulary, checkpoint.bos_id, checkpoint.end_ids) == (None, 0, (1,))
-  assert checkpoint.chat_template is None and checkpoint.generation_defaults == {}
+  assert checkpoint.chat_template is None and checkpoint.text.generation_defaults == {}
   # A serving checkpoint as the source keeps its own, and another replaces it.
   convert.convert(finished, tmp_path / 'again')
   assert open_checkpoint(tmp_path / 'again').vocabulary.kind == 'tokenizer.json'
