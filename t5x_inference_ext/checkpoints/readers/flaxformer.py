@@ -18,12 +18,12 @@ from collections.abc import Collection
 import dataclasses
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
 from t5x_inference_ext.checkpoints.conventions import ConventionSources, ResolvedOption
+from t5x_inference_ext.checkpoints.families.tensors import weights_dtype
 from t5x_inference_ext.checkpoints.readers.flaxformer_model import TreeShape, find_model
 from t5x_inference_ext.checkpoints.readers.flaxformer_names import (
   EMBEDDING,
@@ -131,7 +131,7 @@ def canonical(tree: Tree, sources: ConventionSources) -> ParsedModel:
     'per_layer': is_per_layer(tree),
     'kernels': {kernel.module: list(kernel.shape) for kernel in kernels},
   }
-  weights = _weights(tensors, model, quantized)
+  weights = 'int8' if quantized else weights_dtype(tensors, model)
   return ParsedModel(model, weights, tensors, tuple(arrays), conventions, kind, axis, form)
 
 
@@ -233,14 +233,6 @@ def _check_canonical(tensors: dict[str, Tensor], model: ModelConfig) -> None:
         f'{name}: shape {list(tensor.shape)} in {tensor.path}, but the model asked for needs '
         f'{list(wanted[name].shape)}'
       )
-
-
-def _weights(tensors: dict[str, Tensor], model: ModelConfig, quantized: bool) -> str:
-  """Return the dtype of the matrices: 'int8', 'bfloat16' if all have it, else 'float32'."""
-  if quantized:
-    return 'int8'
-  matrices = [tensors[n].dtype for n, p in params.parameters(model).items() if p.kind == 'matrix']
-  return 'bfloat16' if all(dtype == ml_dtypes.bfloat16 for dtype in matrices) else 'float32'
 
 
 def _layer_axis(leaves: dict[str, Tensor], kind: LayerKind) -> int:
