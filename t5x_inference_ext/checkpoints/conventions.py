@@ -95,10 +95,6 @@ class ResolvedOption:
   value: Any
   source: str
 
-  def to_dict(self) -> dict[str, Any]:
-    """Return the fields, JSON-ready."""
-    return {'value': self.value, 'source': self.source}
-
   def __str__(self) -> str:
     return f'{self.value} ({self.source})'
 

@@ -1,10 +1,11 @@
 """The record of a conversion, which is stored in the checkpoint that it makes."""
 
 import contextlib
-import importlib.metadata
+import dataclasses
 from typing import Any
 import zlib
 
+from t5x_inference_ext import __version__
 from t5x_inference_ext.checkpoints import storage
 from t5x_inference_ext.checkpoints.checkpoint import TREES, Checkpoint
 from t5x_inference_ext.errors import CheckpointError
@@ -25,14 +26,16 @@ def conversion_record(source: Checkpoint, scale_search: str) -> dict[str, Any]:
   """Return the manifest's record of the program, the source and the options."""
   rescaled = source.conventions.get('rescale_logits')
   return {
-    'written_by': f't5x_inference_ext {_version()}',
+    'written_by': f't5x_inference_ext {__version__}',
     'source': {
       'path': source.path,
       'format': source.format,
       'step': source.step,
       'notes': list(source.notes),
       'form': source.form,
-      'conventions': {name: stated.to_dict() for name, stated in source.conventions.items()},
+      'conventions': {
+        name: dataclasses.asdict(stated) for name, stated in source.conventions.items()
+      },
       'rescale_logits': rescaled.value if rescaled and source.format in TREES else None,
       'index_crc32': _index_checksum(source.path)
       if source.index_crc32 is None
@@ -53,10 +56,3 @@ def _index_checksum(path: str) -> int:
     with contextlib.suppress(CheckpointError):
       total = zlib.crc32(storage.read_file(path, name) or b'', total)
   return total
-
-
-def _version() -> str:
-  try:
-    return importlib.metadata.version('t5x_inference_ext')
-  except importlib.metadata.PackageNotFoundError:
-    return 'from source'
