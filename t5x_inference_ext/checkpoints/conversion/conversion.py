@@ -48,7 +48,7 @@ _BLOCKS_A_WORKER = 3.5
 # Version of the journal's records. A run can only continue from records of its own version.
 _JOURNAL = 3
 
-# Arguments: (current step, bytes of the source just processed, total bytes of the source).
+# Arguments: (current step, bytes just processed, total bytes).
 ConversionProgress = Callable[[str, int, int], None]
 # A finished slice's record in the journal.
 _Record = dict[str, Any]

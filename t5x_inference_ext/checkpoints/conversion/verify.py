@@ -1,6 +1,5 @@
 """Verification of a finished checkpoint, against its manifest and against its source."""
 
-from collections.abc import Callable
 import functools
 import json
 import math
@@ -12,7 +11,7 @@ import numpy as np
 from t5x_inference_ext.checkpoints import serving, storage
 from t5x_inference_ext.checkpoints.checkpoint import TREES, open_checkpoint
 from t5x_inference_ext.checkpoints.conversion import t5x_output
-from t5x_inference_ext.checkpoints.conversion.conversion import Conversion
+from t5x_inference_ext.checkpoints.conversion.conversion import Conversion, ConversionProgress
 from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions
 from t5x_inference_ext.checkpoints.conversion.output import ArrayWrite
 from t5x_inference_ext.checkpoints.conversion.raw_array import ZARR_DTYPES
@@ -21,9 +20,6 @@ from t5x_inference_ext.checkpoints.workers import run_jobs, worker_count
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 
-# Arguments: (current step, bytes just processed, total bytes).
-VerifyProgress = Callable[[str, int, int], None]
-
 
 def verify(
   path: str,
@@ -31,7 +27,7 @@ def verify(
   *,
   workers: int | None = None,
   rescale_logits: bool | None = None,
-  progress: VerifyProgress = lambda what, done, total: None,
+  progress: ConversionProgress = lambda what, done, total: None,
 ) -> list[str]:
   """Compare every file of a checkpoint that a conversion wrote with its recorded checksum.
 
@@ -97,7 +93,7 @@ def _compare(
   source: str,
   workers: int,
   rescale_logits: bool | None,
-  progress: VerifyProgress,
+  progress: ConversionProgress,
 ) -> None:
   """Raise CheckpointError if a checkpoint's bits differ from a conversion of its source."""
   made_from = manifest['source']
