@@ -176,6 +176,15 @@ def write_file(path: str, data: bytes) -> None:
   sync(os.path.dirname(path))
 
 
+def read_plan(path: str) -> dict[str, Any] | None:
+  """Return the JSON object in a file; None if there is no such file, or it is not JSON."""
+  try:
+    with open(path, encoding='utf-8') as f:
+      return json.load(f)
+  except (OSError, ValueError):
+    return None
+
+
 def truncate(path: str) -> None:
   """Empty a file in place, which needs no disk space."""
   with _opened(path, 'wb') as f:

@@ -92,7 +92,7 @@ class Staging:
     os.makedirs(self.root, exist_ok=True)
     files.check_no_links(self.root)
     with self._lock('setup.lock', fcntl.LOCK_EX):
-      entries, stored = self._entries(), self._stored_plan()
+      entries, stored = self._entries(), files.read_plan(self._plan)
       complete = _COMPLETE in entries
       if complete and stored not in (None, plan):
         raise CheckpointError(
@@ -198,13 +198,6 @@ class Staging:
       for entry in files.read_lines(self._journal)
       for name, generation in entry.items()
     }
-
-  def _stored_plan(self) -> dict[str, Any] | None:
-    try:
-      with open(self._plan, encoding='utf-8') as f:
-        return json.load(f)
-    except (OSError, ValueError):
-      return None
 
   def _uploading(self) -> contextlib.AbstractContextManager[None]:
     return self._lock('upload.lock', fcntl.LOCK_EX | fcntl.LOCK_NB)

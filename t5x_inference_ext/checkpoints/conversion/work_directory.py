@@ -63,7 +63,7 @@ class WorkDirectory:
       os.path.isdir(self.path)
       and os.path.isdir(self.root)
       and not os.path.lexists(self.payload)
-      and self._stored_plan() == plan
+      and files.read_plan(self._marker) == plan
     )
 
   @contextlib.contextmanager
@@ -194,7 +194,7 @@ class WorkDirectory:
     Raises:
       CheckpointError: Another process is working here on another plan.
     """
-    if self._stored_plan() == plan and os.path.isdir(self.payload) and is_laid_out():
+    if files.read_plan(self._marker) == plan and os.path.isdir(self.payload) and is_laid_out():
       return True
     for name in sorted(os.listdir(self.root)):
       path = os.path.join(self.root, name)
@@ -220,13 +220,6 @@ class WorkDirectory:
   def start(self, plan: dict[str, Any]) -> None:
     """Record that the payload's files are allocated for `plan`."""
     files.write_file(self._marker, json.dumps(plan).encode())
-
-  def _stored_plan(self) -> dict[str, Any] | None:
-    try:
-      with open(self._marker, encoding='utf-8') as f:
-        return json.load(f)
-    except (OSError, ValueError):
-      return None
 
   def record(self, entry: dict[str, Any]) -> None:
     """Add a line to this shard's journal. Threads may share it."""
