@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError, UserError
+from t5x_inference_ext.sharding.cloud_names import cloud_name
 from t5x_inference_ext.sharding.layout import check_model
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh
 from t5x_inference_ext.sharding.mesh_choice import torus_mesh
@@ -28,9 +29,6 @@ _BOXES = {
 _USUAL_CUBES = ((4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16))
 _CUBE = 4
 _MAX_CHIPS = {'v4': 4096, 'v5p': 6144}
-# Kind -> (prefix of the cloud's accelerator type, units per chip in the type's number). On v4 and
-# v5p, the units are cores.
-_TYPES = {'v4': ('v4', 2), 'v5p': ('v5p', 2), 'v5e': ('v5litepod', 1), 'v6e': ('v6e', 1)}
 
 _AVAILABLE = re.compile(
   r'available HBM \(([\d.]+)([KMGT])\)|of ([\d.]+)([KMGT]) hbm', re.IGNORECASE
@@ -67,12 +65,6 @@ def known_slices(kind: str) -> list[str]:
   return [str(TpuSlice(kind, box)) for box in (*_BOXES[dimensions], *cubes)]
 
 
-def accelerator_type(slice_: TpuSlice) -> str:
-  """Return the cloud's name for a slice: 'v4-128' for v4:4x4x4."""
-  name, each = _TYPES[slice_.kind]
-  return f'{name}-{each * slice_.chips}'
-
-
 def topology_devices(slice_: TpuSlice) -> Sequence[jax.Device]:
   """Return the slice's devices, one per chip. Programs can be compiled for them, but not run.
 
@@ -92,7 +84,7 @@ def topology_devices(slice_: TpuSlice) -> Sequence[jax.Device]:
     ('TPU_SKIP_MDS_QUERY', '1'),
     ('TPU_WORKER_HOSTNAMES', 'localhost'),
     ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
-    ('TPU_ACCELERATOR_TYPE', accelerator_type(slice_)),
+    ('TPU_ACCELERATOR_TYPE', cloud_name(slice_.kind, slice_.chips)),
     # Silence the compiler's long logs; its errors reach the user as exceptions.
     ('TPU_STDERR_LOG_LEVEL', '3'),
     ('TPU_MIN_LOG_LEVEL', '3'),

@@ -8,8 +8,8 @@ import re
 
 from t5x_inference_ext.errors import MeshError
 
-# Name -> (generation, what the name's number counts per chip). GKE and many people write v5e for
-# v5litepod.
+# Name -> (generation, what the name's number counts per chip). A generation's first name is the
+# cloud's own: GKE and many people write v5e for v5litepod.
 _NAMES = {
   'v4': ('v4', 2),
   'v5p': ('v5p', 2),
@@ -73,3 +73,9 @@ def cloud_slice(text: str) -> tuple[str, tuple[int, int, int]] | None:
     known = ', '.join(f'{name}-{each * size}' for size in _SHAPES[kind])
     raise MeshError(f'{text} counts {counted}, and there is no such slice; known: {known}')
   return kind, _SHAPES[kind][chips]
+
+
+def cloud_name(kind: str, chips: int) -> str:
+  """Return the cloud's name for a slice of a generation: 'v4-128' for 64 chips of v4."""
+  name, each = next((n, each) for n, (generation, each) in _NAMES.items() if generation == kind)
+  return f'{name}-{each * chips}'

@@ -31,19 +31,6 @@ KINDS = ('v4', 'v5e', 'v5p', 'v6e')
 # Slices.
 
 
-@pytest.mark.parametrize(
-  'text,name',
-  [
-    ('v4:4x4x4', 'v4-128'),
-    ('v5p:2x2x1', 'v5p-8'),
-    ('v5e:4x8', 'v5litepod-32'),
-    ('v6e:1x1', 'v6e-1'),
-  ],
-)
-def test_accelerator_types(text, name):
-  assert slices.accelerator_type(parse_slice(text)) == name
-
-
 @pytest.mark.parametrize('kind', KINDS)
 def test_known_slices_are_accepted(kind):
   known = slices.known_slices(kind)

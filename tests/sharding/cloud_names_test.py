@@ -5,6 +5,7 @@ import pytest
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.precompile import slices
+from t5x_inference_ext.sharding.cloud_names import cloud_name
 from t5x_inference_ext.sharding.torus import GENERATIONS, parse_slice
 
 
@@ -22,8 +23,11 @@ from t5x_inference_ext.sharding.torus import GENERATIONS, parse_slice
   ],
 )
 def test_a_name_stands_for_a_slice(name, slice_, chips):
-  assert str(parse_slice(name)) == slice_ == str(Machine.parse(name))
+  found = parse_slice(name)
+  assert str(found) == slice_ == str(Machine.parse(name))
   assert Machine.parse(name).chips == chips
+  own = name.lower().replace('v5e', 'v5litepod')
+  assert cloud_name(found.kind, chips) == own
 
 
 @pytest.mark.parametrize('kind', GENERATIONS)
@@ -32,7 +36,7 @@ def test_names_are_those_that_the_cloud_is_asked_for(kind):
   for text in slices.known_slices(kind):
     slice_ = parse_slice(text)
     if slice_.chips > 1 or GENERATIONS[kind] == 2:
-      assert parse_slice(slices.accelerator_type(slice_)) == slice_
+      assert parse_slice(cloud_name(slice_.kind, slice_.chips)) == slice_
 
 
 @pytest.mark.parametrize(
