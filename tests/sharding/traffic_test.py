@@ -489,39 +489,6 @@ def _stacked_weights(config: ModelConfig, layout: Layout, mesh) -> Weights:
   )
 
 
-# The reader of compiled programs: what it does not know it refuses, or bytes could pass uncounted.
-
-LOOP = """%body (p: f32[4]) -> f32[4] {
-  ROOT %r = f32[2,4]{1,0} all-gather(%p), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
-}
-
-ENTRY %main (q: f32[4]) -> f32[4] {
-  %t = (f32[4]{0}, s8[8]{0}) all-to-all(%q, %s), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}
-  ROOT %w = f32[2,4]{1,0} while(%t), body=%body, backend_config={"known_trip_count":{"n":"5"}}
-}
-"""
-
-
-def test_the_reader_counts_tuples_groups_and_turns_of_loops():
-  found = hlo.collectives(LOOP)
-  assert found == [hlo.Collective('all-to-all', 4, 24)] + 5 * [hlo.Collective('all-gather', 2, 32)]
-  assert hlo.moved(found) == {'all-to-all': 18, 'all-gather': 80}
-
-
-@pytest.mark.parametrize(
-  'text, says',
-  [
-    (LOOP.replace('known_trip_count', 'unknown'), 'unknown length'),
-    (LOOP.replace('all-gather(', 'all-gather-start('), 'asynchronous'),
-    (LOOP.replace('replica_groups=[4,2]<=', 'groups='), 'no replica groups'),
-    (LOOP.replace('ROOT %r = ', ''), 'not known here'),
-  ],
-)
-def test_the_reader_refuses_what_it_cannot_count(text, says):
-  with pytest.raises(ValueError, match=says):
-    hlo.collectives(text)
-
-
 # The paper's figures.
 
 # Figure 3: tokens -> GB of ws_2d, wg_x, wg_xy, wg_xyz, with (K-1)/K taken as 1.
