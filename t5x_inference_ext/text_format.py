@@ -3,13 +3,7 @@
 
 def decimal_bytes(count: float) -> str:
   """Return bytes in SI units: 3_700_000 -> '3.7 MB'. GB is the largest unit."""
-  if count < 1000:
-    return f'{count:.0f} B'
-  for unit in ('kB', 'MB'):
-    count /= 1000
-    if count < 1000:
-      return f'{count:.1f} {unit}'
-  return f'{count / 1000:.1f} GB'
+  return _in_units(count, 1000, ('kB', 'MB', 'GB'), 1)
 
 
 def megabytes(count: float) -> str:
@@ -19,13 +13,14 @@ def megabytes(count: float) -> str:
 
 def binary_bytes(count: float) -> str:
   """Return bytes in powers of 1024: 1536 -> '1.50 KiB'. GiB is the largest unit."""
-  if count < 1024:
+  return _in_units(count, 1024, ('KiB', 'MiB', 'GiB'), 2)
+
+
+def _in_units(count: float, step: int, units: tuple[str, ...], digits: int) -> str:
+  if count < step:
     return f'{count:.0f} B'
-  for unit in ('KiB', 'MiB'):
-    count /= 1024
-    if count < 1024:
-      return f'{count:.2f} {unit}'
-  return f'{count / 1024:.2f} GiB'
+  power = next((n for n in range(1, len(units)) if count < step ** (n + 1)), len(units))
+  return f'{count / step**power:.{digits}f} {units[power - 1]}'
 
 
 def gib(count: float) -> str:
