@@ -6,13 +6,13 @@ If the program does not fit into memory, the answer lists changes that make it f
 from collections.abc import Callable
 import dataclasses
 import math
+from typing import Any
 
 from t5x_inference_ext.checkpoints.load import MAX_UNROLLED_LAYERS
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import MeshError, UserError
 from t5x_inference_ext.precompile import fit, slices
-from t5x_inference_ext.precompile.case import GREEDY, CompileCase
+from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.precompile.estimate import Estimate, estimate
 from t5x_inference_ext.precompile.fit import Alternative, Say, Shortage, quiet
 from t5x_inference_ext.precompile.program import Program
@@ -86,34 +86,23 @@ def analyze(
   layout: str | None = None,
   other_layout: str | None = None,
   mesh: str | None = None,
-  cache: str | None = None,
-  scan_layers: bool | None = None,
-  prompt: int | None = None,
-  max_new_tokens: int = 64,
-  sampling: SamplingParams = GREEDY,
   say: Say = quiet,
+  **fields: Any,
 ) -> Answer:
   """Compile a phase for a slice, and estimate its time there.
 
   Args:
     model: ModelConfig. The model.
-    weights: str. 'int8' or 'bfloat16'.
     slice_name: str. The slice, such as 'v4:4x4x4'.
-    phase: str. One of phases.COMPILE_PHASES.
-    batch: int. B.
-    context: int. S, the positions of each row's cache.
+    weights, phase, batch, context: Fields of CompileCase.
     layout: str or None. 'feedforward/attention' of the phase. By default, the phase's candidate
       with the smallest serial estimate.
     other_layout: str or None. The layout of the other phase; see CompileCase.
     mesh: str or None. 'XxYxZ' over the whole slice. By default a mesh along its torus.
-    cache: str or None. Dtype of the KV cache: 'int8', or None for bfloat16.
-    scan_layers: bool or None. True for one loop over all layers; by default the layers are
-      unrolled. In the search for a layout, a model with many layers is compiled as a loop, to see
-      in seconds whether it fits, and with a few unrolled layers, to estimate its time.
-    prompt: int or None. Tokens of each row in one pass; see CompileCase.
-    max_new_tokens: int. New tokens of each row in 'generate'.
-    sampling: SamplingParams. How 'generate', 'slots' and 'admit' choose tokens.
     say: function. Called with lines of progress.
+    **fields: Other fields of CompileCase. Without scan_layers, a model with many layers is compiled
+      as a loop in the search for a layout, to see in seconds whether it fits, and with a few
+      unrolled layers, to estimate its time.
 
   Raises:
     UserError: A slice, mesh, layout or number is invalid, libtpu is missing, or the compiler
@@ -128,12 +117,8 @@ def analyze(
     batch,
     context,
     Layout.parse(layout) if layout else Layout(),
-    prompt,
-    Layout.parse(other_layout) if other_layout else None,
-    cache=cache,
-    scan_layers=scan_layers,
-    max_new_tokens=max_new_tokens,
-    sampling=sampling,
+    other_layout=Layout.parse(other_layout) if other_layout else None,
+    **fields,
   )
   devices = slices.slice_mesh(slice_, model, parse_mesh(mesh) if mesh else None)
   say(f'{slice_}: {slice_.chips} chips as a mesh of {"x".join(map(str, devices.devices.shape))}')

@@ -3,16 +3,20 @@
 from collections.abc import Callable
 import json
 import sys
+from typing import Any
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.options import takes_options
 from t5x_inference_ext.precompile.analysis import analyze
+from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.precompile.report import report_text
 from t5x_inference_ext.precompile.report_json import report_dict
 from t5x_inference_ext.text_files import check_writable, write_text
 
 
+@takes_options(CompileCase, skip=('weights', 'phase', 'batch', 'context'))
 def precompile(
   model: ModelConfig,
   slice_name: str,
@@ -20,30 +24,29 @@ def precompile(
   weights: str = 'int8',
   phase: str = 'decode',
   context: int = 2048,
-  prompt: int | None = None,
+  *,
   layout: str | None = None,
   other_layout: str | None = None,
   mesh: str | None = None,
-  cache: str | None = None,
-  scan_layers: bool | None = None,
-  max_new_tokens: int = 64,
   sampling: SamplingParams = SamplingParams(),
   json_file: str | None = None,
   hlo_file: str | None = None,
   save_file: str | None = None,
   write: Callable[[str], None] = print,
+  **options: Any,
 ) -> bool:
   """Compile a phase of a model for a slice, and print the report.
 
   Args:
-    model, slice_name, batch, weights, phase, context, prompt, layout, other_layout, mesh, cache,
-      scan_layers, max_new_tokens: see analysis.analyze.
+    model, slice_name, batch, weights, phase, context, layout, other_layout, mesh: See
+      analysis.analyze.
     sampling: SamplingParams. How 'generate', 'slots' and 'admit' choose tokens; 'prefill' and
       'decode' are greedy.
     json_file: str or None. File for the report as JSON.
     hlo_file: str or None. File for the compiled program's text.
     save_file: str or None. File for the executable; see engine.saved_program.
     write: function. Takes the report's text. Progress goes to stderr.
+    **options: Other options of CompileCase.
 
   Returns:
     Whether the program fits.
@@ -62,12 +65,9 @@ def precompile(
     layout=layout,
     other_layout=other_layout,
     mesh=mesh,
-    cache=cache,
-    scan_layers=scan_layers,
-    prompt=prompt,
-    max_new_tokens=max_new_tokens,
     sampling=sampling,
     say=lambda text: print(f'{text} ...', file=sys.stderr, flush=True),
+    **options,
   )
   write(report_text(answer))
   if json_file:
