@@ -171,10 +171,9 @@ def paper_convention(choice: Choice) -> str:
   phase, part, saved = _largest_difference(plan, theirs)
   return (
     f"The paper's convention, {plan.machine.chip.network_bandwidth / 1e9:.0f} GB/s for every "
-    f'collective whatever axes it uses and no hops, would choose {_layouts(theirs)} on '
-    f'{theirs.mesh_text}; with the links that each axis has, that plan takes '
-    f'{seconds_text(theirs.seconds - plan.seconds)} more, mostly {part} in {phase} '
-    f'({seconds_text(saved)}).'
+    f'collective and no hops, would choose {_layouts(theirs)} on {theirs.mesh_text}. With the '
+    f'links of each mesh axis, that plan takes {seconds_text(theirs.seconds - plan.seconds)} more '
+    f'than the first one above, mostly for {part} in {phase} ({seconds_text(saved)}).'
   )
 
 

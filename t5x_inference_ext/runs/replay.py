@@ -71,9 +71,10 @@ def _check_weights(receipt: Receipt, checkpoint: Checkpoint) -> None:
   found = weights_identity(checkpoint)
   if found != receipt.identity or checkpoint.weights != receipt.weights:
     raise RequestError(
-      f'the receipt was made with other weights: {receipt.weights}, {receipt.identity.covers} '
-      f'{receipt.identity.sha256[:12]}, and {checkpoint.path} has {checkpoint.weights}, '
-      f'{found.covers} {found.sha256[:12]}: give the checkpoint that the server had'
+      f'the receipt was made with other weights: {receipt.weights}, with SHA-256 '
+      f'{receipt.identity.sha256[:12]} of their {receipt.identity.covers}; those of '
+      f'{checkpoint.path} are {checkpoint.weights}, with SHA-256 {found.sha256[:12]} of their '
+      f'{found.covers}: give the checkpoint that the server had'
     )
 
 

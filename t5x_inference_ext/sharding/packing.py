@@ -193,7 +193,7 @@ def _packed_tensors(
 
 
 def _layer_shape(p: params.Parameter) -> tuple[bool, tuple[int, ...], tuple[str, ...]]:
-  """Return (per_layer, shape, logical axes), the shape and axes without layers."""
+  """Return whether a tensor belongs to a layer, and its shape and axes without the layer axis."""
   if p.axes[0] == params.LAYERS_AXIS:
     return True, p.shape[1:], p.axes[1:]
   return False, p.shape, p.axes

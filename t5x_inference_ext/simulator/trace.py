@@ -119,14 +119,16 @@ def read_trace(path: str, vocab_size: int) -> list[Arrival]:
 
 def _arrival(row: Any, rng: np.random.Generator, vocab_size: int) -> Arrival:
   if not isinstance(row, dict):
-    raise ValueError('no JSON object')
+    raise ValueError('not a JSON object')
   at = row['timestamp'] / 1e3 if 'timestamp' in row else row['arrival']
   if not has_type(at, float) or not 0 <= at < math.inf:
-    raise ValueError(f'no request: it arrives at {at!r}')
+    raise ValueError(f'not a request: its arrival must be 0 or a positive number, got {at!r}')
   if 'tokens' in row:
     tokens = tuple(row['tokens'])
     if not all(type(token) is int and 0 <= token < vocab_size for token in tokens):
-      raise ValueError(f'no request: tokens are whole numbers from 0 to {vocab_size - 1}')
+      raise ValueError(
+        f'not a request: its tokens must be whole numbers from 0 to {vocab_size - 1}'
+      )
   else:
     length = _length(row, 'input_length')
     blocks = [np.random.default_rng(block) for block in row.get('hash_ids', ())]
@@ -134,14 +136,14 @@ def _arrival(row: Any, rng: np.random.Generator, vocab_size: int) -> Arrival:
     tokens = tuple(named)[:length]
     tokens += _tokens(rng, length - len(tokens), vocab_size)
   if not tokens:
-    raise ValueError('no request: it has no tokens')
+    raise ValueError('not a request: its list of tokens is empty')
   return Arrival(float(at), tokens, _length(row, 'output_length'))
 
 
 def _length(row: dict[str, Any], name: str) -> int:
   value = row[name]
   if type(value) is not int or not 1 <= value < 2**31:
-    raise ValueError(f'no request: {name} must be a whole number above 0, got {value!r}')
+    raise ValueError(f'not a request: its {name} must be a whole number above 0, got {value!r}')
   return value
 
 

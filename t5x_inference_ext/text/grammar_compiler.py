@@ -90,7 +90,7 @@ class _Tokens:
     self.tokens, self.special_token_ids, self.eos_token_id = texts.pieces, texts.special, end
 
   def __call__(self, text: str) -> Sequence[int]:
-    raise AssertionError('the library encodes only texts that it forces')
+    raise AssertionError('llguidance encodes only texts that a grammar forces: no_forcing is set')
 
 
 def compile_grammar(grammar: Grammar, tokenizer: Any) -> Any:

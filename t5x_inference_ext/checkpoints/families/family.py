@@ -106,7 +106,7 @@ _LAYERS = {'full_attention': 'global', 'sliding_attention': 'local'}
 def even_sizes(
   s: Settings, d_model: int, heads: int, *, d_ff: int, layers: Collection[str], tied: bool
 ) -> dict[str, Any]:
-  """Return the sizes of a model whose heads divide d_model, and tied_head.
+  """Return the fields of ModelConfig for sizes and tied_head, if the heads divide d_model.
 
   Args:
     s: The settings.
