@@ -20,7 +20,7 @@ _OF_KIND = {'TPU v4': _ASYNCHRONOUS, 'TPU v5': _ASYNCHRONOUS, 'TPU v5p': _ASYNCH
 def overlaps_collectives(device: jax.Device) -> bool:
   """Return whether the options let a kind of device run gathers and permutes beside products.
 
-  None of them lets it run reduce-scatters so.
+  No option lets a device run reduce-scatters beside products.
 
   Args:
     device: A device of that kind. It need not exist on this machine.

@@ -1,7 +1,7 @@
 """Fetch models by address: hf:OWNER/NAME, hf:OWNER/NAME@REVISION, hf:OWNER/NAME/FILE.gguf.
 
-Files are fetched by huggingface_hub (the extra `hub`) into its own cache. Its environment variables
-apply: HF_ENDPOINT, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE.
+Files are fetched by huggingface_hub (the extra `hub`) into its own cache. The library's environment
+variables apply: HF_ENDPOINT, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE.
 """
 
 import os

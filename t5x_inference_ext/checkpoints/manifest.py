@@ -77,7 +77,7 @@ def check_file(path: str, name: str, manifest: Mapping[str, Any], file: str) -> 
   Args:
     path: Directory of the checkpoint.
     name: Name of the manifest's file.
-    manifest: Its content.
+    manifest: Content of the manifest.
     file: Name of the small file.
 
   Raises:

@@ -179,7 +179,7 @@ def _infer_options(flags: absl_flags.FlagValues) -> InferOptions:
 def _task_run(
   flags: absl_flags.FlagValues, processes: ProcessOptions, cache: CacheOptions
 ) -> Callable[[], Iterator[Job]]:
-  """Return a function that starts a run over a seqio task. Its arguments are bound by gin."""
+  """Return a function that starts a run over a seqio task, with all arguments bound by gin."""
   plain = option_flags.option_names(InferOptions, PromptsFiles, SamplingParams)
   cli.check_unmixed(flags, plain, 'CHECKPOINT_PATH=\\"DIR\\"', 'configs/runs/infer.gin')
   check_extra('seqio', 'a run over a task needs seqio and tensorflow', 'seqio', 'tensorflow')

@@ -62,7 +62,7 @@ def calibrated_time(
 
   Args:
     runs: sequence of Executed. The instructions in the order of the schedule.
-    costs: sequence of OperationCost. Their costs.
+    costs: sequence of OperationCost. The cost of each instruction.
     chip: hardware.Chip. The chip.
   """
   calibration = _CALIBRATIONS.get(chip.name)

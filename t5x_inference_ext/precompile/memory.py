@@ -37,7 +37,8 @@ def memory_of(
 ) -> CompiledMemory:
   """Return a program's memory as the compiler reports it.
 
-  Its `other` is what the compiler counts as arguments, results and code, minus weights and cache.
+  The field `other` is what the compiler counts as arguments, results and code, without weights and
+  cache.
 
   Args:
     phase: str. The program's phase, one of phases.COMPILE_PHASES.

@@ -36,7 +36,7 @@ class OperationCost:
 
   Attributes:
     name: str. Name of the instruction.
-    opcode: str. Its opcode.
+    opcode: str. Opcode of the instruction.
     op_name: str. Name of the JAX operation that the instruction comes from, or ''.
     kind: str. One of OPERATION_KINDS. 'matmul': a matrix product outside attention. 'attention':
       anything inside attention. 'copy': moves bytes and keeps their layout. 'relayout': moves bytes
@@ -55,7 +55,7 @@ class OperationCost:
     in_layer_loop: bool. Whether it runs inside the longest outermost loop, however deep.
     collective: HloCollective or None. The collective that it runs.
     functions: tuple of str. Functions of the user's program around it, innermost first.
-    step: AsyncStep or None. Its part in an asynchronous operation.
+    step: AsyncStep or None. The instruction's part in an asynchronous operation.
   """
 
   name: str

@@ -35,7 +35,7 @@ def exposed_seconds(
 
   Args:
     runs: sequence of Executed. The instructions in the order of the schedule.
-    costs: sequence of OperationCost. Their costs.
+    costs: sequence of OperationCost. The cost of each instruction.
     alone: function. Returns the time of an operation that is not asynchronous.
     busy: function. Returns the time for which an asynchronous operation occupies its resource.
 

@@ -247,7 +247,7 @@ def _with_text(
 ) -> list[dict[str, Any]]:
   """Add the text of each sample before the sample's other fields.
 
-  The text ends before EOS, stop ids or a stop text. It is None without a vocabulary.
+  The text ends before EOS, stop ids or a stop text; without a vocabulary, the text is None.
   """
   own = tokenized.options
 

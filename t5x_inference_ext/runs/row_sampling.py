@@ -44,9 +44,8 @@ def row_sampling(
 
   Args:
     run: Options of the run.
-    given: The row's `sampling` as read from JSON. It may have the fields of SamplingParams, with
-      texts or ids in `stop` and an object as `logit_bias`; `max_new_tokens`, at most the run's; and
-      `seed`.
+    given: The row's `sampling` as read from JSON. Allowed are the fields of SamplingParams (texts
+      or ids in `stop`, an object as `logit_bias`), `max_new_tokens`, at most the run's, and `seed`.
     vocabulary: Encodes stop texts; None if it is not known.
     vocab_size: V, rows of the model's embedding.
 

@@ -184,7 +184,7 @@ def _prepare_task(
   output_dir: str,
   clock: Clock,
 ) -> Job:
-  """Return the job of a task. It writes <task>-<mode>.jsonl-SSSSS-of-NNNNN, then .COMPLETED."""
+  """Return the job of a task, which writes <task>-<mode>.jsonl-SSSSS-of-NNNNN, then .COMPLETED."""
   path = output_path(task.name, source, options.mode, output_dir)
   sampling = options.sampling
   options = _with_task_vocabulary(options, task)

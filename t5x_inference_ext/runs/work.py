@@ -54,7 +54,7 @@ class RefillWork:
 
   Args:
     scheduler: The scheduler to run on.
-    requests: Pairs (row, request), in order. They are taken as slots become free.
+    requests: Pairs (row, request), in order, which are taken as slots become free.
     clock: Counts time, rows and tokens.
   """
 

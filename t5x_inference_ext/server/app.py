@@ -223,7 +223,7 @@ def _failed(request: Request, error: Exception) -> Response:
 
 
 def _page_files() -> dict[str, tuple[bytes, str]]:
-  """Return the status page's files: path -> (type, content). They are read once."""
+  """Read the status page's files; return path -> (content, type)."""
   folder = importlib.resources.files('t5x_inference_ext.server') / 'page'
   found = {}
   if folder.is_dir():

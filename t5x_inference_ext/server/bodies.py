@@ -251,7 +251,7 @@ def validated(kind: type[_Body], value: Any) -> _Body:
 
 
 def _validation_error(error: pydantic.ValidationError) -> ApiError:
-  """Return the error for an invalid body. It names the unknown fields, else the first problem."""
+  """Return the error for an invalid body, which names unknown fields, else the first problem."""
   errors = error.errors(include_url=False)
   unknown = [_path(each['loc']) for each in errors if each['type'] == 'extra_forbidden']
   if unknown:

@@ -70,7 +70,7 @@ class Driver:
   """Runs a scheduler in a thread of its own.
 
   Args:
-    scheduler: The scheduler. Only the driver steps it. Its inbox is `inbox`.
+    scheduler: The scheduler, which only the driver steps, and whose inbox is `inbox`.
     inbox: The scheduler's inbox, whose steps other processes follow.
     score: Scores prompts; see engine.ranking.PromptRanker. Called in the thread.
 

@@ -129,7 +129,7 @@ async def _answer(
   Args:
     service: The server's parts.
     request: The HTTP request, whose body was read.
-    body: Its body.
+    body: The request's body.
     sizes: Size of each prompt in tokens, or bytes of text, for the limits on waiting prompts.
     requests: Function that tokenizes the prompts and returns a Request for each.
     make_form: Function that returns the answer's form, given its requests.

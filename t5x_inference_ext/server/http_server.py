@@ -22,7 +22,7 @@ _BACKLOG = 1024
 
 
 def bind(options: ServerOptions) -> socket.socket:
-  """Return a socket bound to the options' address. It does not listen yet.
+  """Return a socket that is bound to the options' address and does not listen yet.
 
   Raises:
     RequestError: The address is in use, or does not belong to this machine.

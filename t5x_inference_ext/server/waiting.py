@@ -35,7 +35,7 @@ async def in_time(receive: Receive, work: Coroutine[Any, Any, _T], deadline: Dea
   Args:
     receive: ASGI function that returns the client's messages; the body was already read.
     work: The work.
-    deadline: Its time limit.
+    deadline: Time limit of the work.
 
   Raises:
     ClientDisconnect: The client has left. The work is cancelled.

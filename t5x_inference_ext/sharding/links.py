@@ -101,7 +101,7 @@ def collective_seconds(
 
   Args:
     collective: The collective.
-    found: Its paths.
+    found: The paths of the collective's groups.
     link_bandwidth: Bytes per second over one link in one direction.
     hop_latency: Seconds from a chip to the next. An all-reduce passes all hops twice.
   """

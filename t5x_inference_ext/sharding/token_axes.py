@@ -51,7 +51,7 @@ def residual_dim(
 def _sums_by_all_reduce(axes: Axes, mesh: Mapping[str, int]) -> bool:
   """Return whether XLA:TPU lowers a reduce-scatter over these axes to an all-reduce and a slice.
 
-  It does so for two axes with all devices of the mesh, more than 4 (measured on v4 and v5e).
+  XLA:TPU does so for two axes with all devices of the mesh, more than 4 (measured on v4 and v5e).
   """
   devices = num_shards(axes, mesh)
   return sum(mesh[a] > 1 for a in axes) == 2 and devices == math.prod(mesh.values()) > 4

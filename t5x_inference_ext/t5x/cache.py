@@ -1,7 +1,7 @@
 """Convert the KV cache to and from the nested dict of T5X's decoding functions.
 
 T5X tiles, flattens and reorders rows along one axis of every leaf: axis 1 if layers are stacked,
-else axis 0. It handles a leaf named cache_index differently, and inconsistently: after a prefill,
+else axis 0. T5X handles a leaf named cache_index differently, and inconsistently: after a prefill,
 beam_search adds a beam axis to cache_index and never flattens it. So the leaf of lengths has
 another name here.
 """

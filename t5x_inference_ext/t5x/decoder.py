@@ -137,8 +137,7 @@ class ShardedDecoder(models.DecoderOnlyModel):
   def _model_inputs(self, tokens: jax.Array) -> tuple[jax.Array, int]:
     """Return (T5X's inputs [B, L] as model inputs, number of columns dropped).
 
-    Column 0 of T5X's inputs is id 0. It is replaced by the model's BOS, or dropped if the model has
-    none.
+    Column 0 of T5X's inputs, id 0, is replaced by the model's BOS, or dropped if there is none.
     """
     if self._bos_id is None:
       return tokens[:, 1:], 1

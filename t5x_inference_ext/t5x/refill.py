@@ -77,7 +77,7 @@ class Refill:
 class Predictor:
   """Predicts batches with one scheduler.
 
-  It makes a new scheduler for a batch with longer sequences or other parameters.
+  A batch with longer sequences or other parameters gets a new scheduler.
 
   Args:
     model: Decides mesh and layouts.

@@ -87,8 +87,8 @@ class ModelFiles:
   def _end_ids(self, vocabulary: Vocabulary | None) -> tuple[int, ...]:
     """Return the ids that end rows.
 
-    They come from generation_config.json, else config.json, else tokenizer_config.json, else the
-    vocabulary.
+    The first of these that names any is used: generation_config.json, config.json,
+    tokenizer_config.json, the vocabulary.
     """
     listed = self._listed_ids('eos_token_id')
     if listed:

@@ -20,7 +20,7 @@ def vocabulary_of_file(name: str, data: bytes) -> Vocabulary:
   Args:
     name: Path of the file. A name that ends with .json means a tokenizer.json, any other name a
       SentencePiece model.
-    data: Its content.
+    data: Content of the file.
 
   Raises:
     RequestError: The data is not a vocabulary.

@@ -72,8 +72,9 @@ class ReadBack:
     """Context manager: read groups back while others are still being written.
 
     Yields:
-      A function to call after a slice is recorded. Its argument maps (array, chunk's index) to the
-      bytes that the slice wrote. It raises the error of a group that could not be read.
+      A function to call after a slice is recorded. The function's argument maps (array, chunk's
+      index) to the bytes that the slice wrote. The function raises the error of a group that could
+      not be read.
     """
     left = {group: _values_bytes(*group) for group in self._groups}
     groups = {(array, chunk): (array, chunks) for array, chunks in self._groups for chunk in chunks}

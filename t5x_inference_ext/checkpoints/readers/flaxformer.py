@@ -167,10 +167,9 @@ def stack_layers(tree: Tree) -> dict[str, Tensor]:
 
 
 def find_kind(leaves: Collection[str]) -> LayerKind:
-  """Return the kind of layer that best fits the leaves of a tree in scanned form.
+  """Return the kind of layer with most of its parameters among the leaves of a scanned tree.
 
-  It is the kind with most of its parameters among the leaves; of several, the one that misses the
-  fewest.
+  Among several such kinds, return the one that misses the fewest parameters.
   """
   stored = modules_in(leaves)
 
