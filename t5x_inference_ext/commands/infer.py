@@ -121,7 +121,7 @@ def run(argv: list[str] | None = None) -> int:
       session.code = EQUAL if _replay(flags) else DIFFERENT
       return session.code
     for job in _jobs(flags):
-      with job:
+      with job.running():
         while not job.work.finished:
           job.keep(job.work.step())
         job.write()

@@ -1,8 +1,7 @@
 """Job: a prepared run with its work, its journal of finished rows, and its output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
-from types import TracebackType
 from typing import Any
 
 from t5x_inference_ext import distributed
@@ -14,7 +13,7 @@ from t5x_inference_ext.runs.work import Work
 class Job:
   """A prepared run, which has passed all checks of its options and files.
 
-    with job:
+    with job.running():
       while not job.work.finished:
         job.keep(job.work.step())
       job.write()
@@ -26,7 +25,7 @@ class Job:
     write: Function that writes the output from the journal's rows.
     progress: Progress bar of the rows.
 
-  If one of several processes raises in the `with` block, all processes end.
+  If one of several processes raises in `with job.running()`, all processes end.
   """
 
   def __init__(
@@ -52,17 +51,9 @@ class Job:
     self._write()
     self._journal.remove()
 
-  def __enter__(self) -> 'Job':
-    self._stack = contextlib.ExitStack()
-    self._stack.enter_context(distributed.together())
-    self._stack.callback(self._journal.close)
-    self._stack.callback(self._progress.close)
-    return self
-
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: TracebackType | None,
-  ) -> bool | None:
-    return self._stack.__exit__(kind, error, traceback)
+  @contextlib.contextmanager
+  def running(self) -> Iterator[None]:
+    """Context manager: close journal and progress bar at the end of the block."""
+    closing = contextlib.closing
+    with distributed.together(), closing(self._journal), closing(self._progress):
+      yield

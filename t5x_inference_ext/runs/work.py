@@ -71,7 +71,7 @@ class RefillWork:
   def step(self) -> list[tuple[int, list[Sample]]]:
     """Submit as many requests as the scheduler can start, and run one step of it."""
     self._submit()
-    with self._clock:
+    with self._clock.running():
       events = self._scheduler.step()
     self._clock.drafts = self._drafts.plus(self._scheduler.stats.drafts)
     done = []
@@ -175,7 +175,7 @@ class StaticWork:
     rows, prompts = zip(*batch)
     options, shape = self._options, self._shape
     seeds = [row_seed(options.seed, row) for row in rows]
-    with self._clock:
+    with self._clock.running():
       completions = self._engine.generate(
         pad(prompts, shape.batch),
         max_new_tokens=options.max_new_tokens,
@@ -218,7 +218,7 @@ class ScoreWork:
     if pack is None:
       self.finished = True
       return []
-    with self._clock:
+    with self._clock.running():
       scored = scoring.score_pack(self._engine.log_probs, [e for _, e in group], pack)
     for item, _ in scored:
       self._clock.add(1, int(np.count_nonzero(group[item][1].weights)))

@@ -80,7 +80,7 @@ def test_the_standalone_command_writes_the_same(mode, palm_tiny, stock_rows, tmp
     batch_size=3,
   )
   for job in jobs:
-    with job:
+    with job.running():
       while not job.work.finished:
         job.keep(job.work.step())
       job.write()
