@@ -91,9 +91,3 @@ class PassProgress:
     """End the bars."""
     for bar in self._bars.values():
       bar.close()
-
-  def __enter__(self) -> 'PassProgress':
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self.close()

@@ -50,6 +50,7 @@ finished output. Given tokens, the report has the losses of both models on them:
       --weights=int8 --report=/tmp/report --report_tokens=TOKENS.npy
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -189,7 +190,7 @@ def convert_or_verify(flags: absl_flags.FlagValues) -> None:
     print_line(f'{output} exists: making only the report')
   else:
     start = time.monotonic()
-    with progress:
+    with contextlib.closing(progress):
       report = configured()
     if not report.finished:
       print_line(f'this shard is done: the last one to finish completes {report.output}')
@@ -225,7 +226,7 @@ def verify_only(flags: absl_flags.FlagValues) -> None:
     raise UserError(
       '--verify needs --output, the finished checkpoint, and optionally --input, its source'
     )
-  with PassProgress() as progress:
+  with contextlib.closing(PassProgress()) as progress:
     for line in verify(flags.output, flags.input, workers=flags.workers, progress=progress):
       print_line(line)
 

@@ -17,8 +17,6 @@ from t5x_inference_ext.server.receipts import ReceiptWriter
 class HttpAnswer:
   """The prompts of one HTTP request in the engine, from before tokenization to the last token.
 
-  Context manager: on exit, samples that have not ended are cancelled.
-
   Args:
     driver: The engine's thread.
     bounds: Limits on waiting prompts.
@@ -145,12 +143,6 @@ class HttpAnswer:
       self._finish('abort')
     for number in list(self._waiting):
       self._leave(number, served=False)
-
-  def __enter__(self) -> 'HttpAnswer':
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self.close()
 
   def _leave(self, number: int, *, served: bool) -> None:
     size = self._waiting.pop(number, None)

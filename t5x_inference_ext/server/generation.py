@@ -184,16 +184,15 @@ async def _answer(
     return answered
 
   with contextlib.ExitStack() as stack:
-    answer = stack.enter_context(
-      HttpAnswer(
-        service.driver,
-        service.bounds,
-        service.metrics,
-        sizes,
-        request.state.client,
-        options.log_prompts,
-      )
+    answer = HttpAnswer(
+      service.driver,
+      service.bounds,
+      service.metrics,
+      sizes,
+      request.state.client,
+      options.log_prompts,
     )
+    stack.callback(answer.close)
     service.answers.add(answer)
     stack.callback(service.answers.discard, answer)
     stack.callback(lambda: record.update(answer.summary()))
