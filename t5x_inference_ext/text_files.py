@@ -8,7 +8,7 @@ import os
 import reprlib
 from typing import Any
 
-from t5x_inference_ext.errors import RequestError, UserError
+from t5x_inference_ext.errors import CheckpointError, RequestError, UserError
 
 _MAX_DEPTH = 200  # maximum nesting; far below Python's recursion limit, so json can write it
 
@@ -66,6 +66,42 @@ def _constant(text: str) -> float:
   if text == 'NaN':
     raise _Unusable('it holds NaN')
   return float(text)
+
+
+def load_json(data: bytes, where: str, *, nan: bool = False) -> Any:
+  """Return the parsed content of a JSON file.
+
+  Args:
+    data: Content of the file.
+    where: Name of the file, for messages.
+    nan: Whether to accept NaN, which other programs may write.
+
+  Raises:
+    CheckpointError: The data is not JSON, gives a name of an object twice, or is nested too deeply.
+  """
+  try:
+    return parse_json(data.decode(), nan=nan)
+  except ValueError as e:
+    raise CheckpointError(f'{where} is damaged: {e}') from e
+
+
+def load_json_object(data: bytes, where: str, *, nan: bool = False) -> dict[str, Any]:
+  """Return the JSON object in a file; arguments and errors are those of load_json."""
+  value = load_json(data, where, nan=nan)
+  if not isinstance(value, dict):
+    raise CheckpointError(f'{where} is damaged: it is not a JSON object')
+  return value
+
+
+def read_bytes(path: str) -> bytes | None:
+  """Return a local file's content, None if there is none; raise CheckpointError if unreadable."""
+  if not os.path.isfile(path):
+    return None
+  try:
+    with open(path, 'rb') as f:
+      return f.read()
+  except OSError as e:
+    raise CheckpointError(f"can't read {path}: {e.strerror}") from e
 
 
 def json_line(value: Any) -> str:

@@ -24,6 +24,7 @@ from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError, printable
 from t5x_inference_ext.text.settings import TextSettings, assumed_settings, unknown_vocabulary
+from t5x_inference_ext.text_files import load_json
 
 CONFIG = 'serving_config.json'
 CHECKSUMS = 'checksums.json'
@@ -188,7 +189,7 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
     CheckpointError: The header is damaged, or has an unknown version.
   """
   where = f'{path}/{CONFIG}'
-  header = storage.load_json(data, where)
+  header = load_json(data, where)
   try:
     if header['format'] != SERVING_FORMAT:
       raise CheckpointError(
@@ -256,7 +257,7 @@ def read_listed(
   data = storage.read_file(path, CHECKSUMS)
   if data is None:
     raise CheckpointError(f'{path}/{CHECKSUMS} is missing')
-  content = storage.load_json(data, f'{path}/{CHECKSUMS}')
+  content = load_json(data, f'{path}/{CHECKSUMS}')
   try:
     checksums = {name: [int(c, 16) for c in values] for name, values in content.items()}
   except (ValueError, TypeError, AttributeError, RecursionError) as e:

@@ -39,14 +39,7 @@ def kvstore(path: str) -> dict[str, Any]:
 def read_file(directory: str, name: str) -> bytes | None:
   """Return the content of a small file, or None if it does not exist."""
   if not is_remote(directory):
-    path = os.path.join(directory, name)
-    if not os.path.isfile(path):
-      return None
-    try:
-      with open(path, 'rb') as f:
-        return f.read()
-    except OSError as e:
-      raise CheckpointError(f"can't read {path}: {e.strerror}") from e
+    return text_files.read_bytes(os.path.join(directory, name))
   result = read_object(directory, name)
   return bytes(result.value) if result.state == 'value' else None
 
@@ -60,23 +53,6 @@ def has_file(directory: str, name: str) -> bool:
   except ValueError as e:
     raise CheckpointError(f"can't list {directory}: {reason(e)}") from e
   return bool(found)
-
-
-def load_json(data: bytes, where: str, *, nan: bool = False) -> Any:
-  """Return the parsed content of a JSON file.
-
-  Args:
-    data: Content of the file.
-    where: Name of the file, for messages.
-    nan: Whether to accept NaN, which other programs may write.
-
-  Raises:
-    CheckpointError: The data is not JSON, gives a name of an object twice, or is nested too deeply.
-  """
-  try:
-    return text_files.parse_json(data.decode(), nan=nan)
-  except ValueError as e:
-    raise CheckpointError(f'{where} is damaged: {e}') from e
 
 
 def read_object(directory: str, name: str, unless: bytes | None = None) -> ts.KvStore.ReadResult:

@@ -18,6 +18,7 @@ from t5x_inference_ext.checkpoints.readers.training_gin import CONFIG_GIN, train
 from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.text_files import load_json
 
 # The manifest of a T5X checkpoint that a conversion wrote.
 MANIFEST = 't5x_inference_ext.json'
@@ -54,7 +55,7 @@ def recorded_conventions(
 
 def _of_manifest(data: bytes, where: str) -> Conventions:
   """Return the conventions in a conversion's manifest. A converted tree has rescale_logits=True."""
-  content = storage.load_json(data, where)
+  content = load_json(data, where)
   try:
     model = vars(ModelConfig.from_dict(content['model']))
     stated = {name: model[name] for name in CONVENTION_NAMES if name in model}

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
-from t5x_inference_ext import text_files
 from t5x_inference_ext.errors import CheckpointError, printable
 from t5x_inference_ext.text.settings import (
   DEFAULTS,
@@ -13,6 +12,7 @@ from t5x_inference_ext.text.settings import (
   unknown_vocabulary,
 )
 from t5x_inference_ext.text.vocabulary import Vocabulary
+from t5x_inference_ext.text_files import load_json_object
 
 # Function from a file's name to its content; None if the file does not exist.
 ReadFile = Callable[[str], bytes | None]
@@ -150,12 +150,4 @@ def generation_defaults(config: Mapping[str, Any]) -> dict[str, float]:
 def _read_json(directory: str, file: str, read: ReadFile) -> dict[str, Any]:
   """Return the object in a JSON file; {} if the file does not exist."""
   data = read(file)
-  if data is None:
-    return {}
-  try:
-    value = text_files.parse_json(data.decode(), nan=True)
-  except ValueError as error:
-    raise CheckpointError(f'{directory}/{file} is damaged: {error}') from error
-  if not isinstance(value, dict):
-    raise CheckpointError(f'{directory}/{file} is damaged: it is not a JSON object')
-  return value
+  return {} if data is None else load_json_object(data, f'{directory}/{file}', nan=True)

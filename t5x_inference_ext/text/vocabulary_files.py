@@ -9,6 +9,7 @@ from t5x_inference_ext.text.sentencepiece_model import SentencePieceVocabulary
 from t5x_inference_ext.text.settings import TextSettings, check_settings, settings_of_vocabulary
 from t5x_inference_ext.text.tokenizer_json import TOKENIZER_FILE, TokenizerVocabulary
 from t5x_inference_ext.text.vocabulary import ByteVocabulary, Vocabulary
+from t5x_inference_ext.text_files import read_bytes
 
 # Names of vocabulary files in a model's directory, in order of preference.
 PUBLIC_FILES = (TOKENIZER_FILE, 'tokenizer.model')
@@ -40,7 +41,7 @@ def open_settings(name: str) -> TextSettings:
 
   Raises:
     RequestError: The file does not exist, or is not a vocabulary.
-    CheckpointError: A file beside it is damaged.
+    CheckpointError: The file or one beside it can't be read, or one beside it is damaged.
   """
   if name == 'bytes':
     return settings_of_vocabulary(ByteVocabulary())
@@ -52,14 +53,7 @@ def open_settings(name: str) -> TextSettings:
   directory, file = os.path.split(os.path.abspath(name))
 
   def read(file: str) -> bytes | None:
-    path = os.path.join(directory, file)
-    if not os.path.isfile(path):
-      return None
-    try:
-      with open(path, 'rb') as f:
-        return f.read()
-    except OSError as error:
-      raise RequestError(f"can't read {path}: {error.strerror}") from error
+    return read_bytes(os.path.join(directory, file))
 
   data = read(file)
   assert data is not None  # the file exists

@@ -18,6 +18,7 @@ from t5x_inference_ext.checkpoints.readers.safetensors import read_safetensors
 from t5x_inference_ext.checkpoints.source_text import settings_of_directory
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.errors import CheckpointError, name_list
+from t5x_inference_ext.text_files import load_json_object
 
 HUGGINGFACE_CONFIG = 'config.json'
 # Names of pickle files. Opening a pickle can run any program in it.
@@ -96,10 +97,7 @@ def _config(path: str) -> tuple[bytes, dict[str, Any] | None]:
   data = storage.read_file(path, HUGGINGFACE_CONFIG)
   if data is None:
     return b'', None
-  content = storage.load_json(data, f'{path}/{HUGGINGFACE_CONFIG}', nan=True)
-  if not isinstance(content, dict):
-    raise CheckpointError(f'{path}/{HUGGINGFACE_CONFIG} is damaged: it is not a JSON object')
-  return data, content
+  return data, load_json_object(data, f'{path}/{HUGGINGFACE_CONFIG}', nan=True)
 
 
 def _check_pickles(path: str, is_model: bool) -> None:

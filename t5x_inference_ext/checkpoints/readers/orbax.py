@@ -16,6 +16,7 @@ from t5x_inference_ext.checkpoints.readers import legacy, zarr_arrays
 from t5x_inference_ext.checkpoints.readers.tree import Tree, step_number
 from t5x_inference_ext.checkpoints.tensor import InMemory, Tensor
 from t5x_inference_ext.errors import CheckpointError, name_list, printable
+from t5x_inference_ext.text_files import load_json
 
 METADATA = '_METADATA'
 STATE = 'state'
@@ -65,7 +66,7 @@ def read_orbax(path: str, directory: str) -> Tree:
     ocdbt = storage.read_file(directory, 'manifest.ocdbt') is not None
   else:
     where = f'{directory}/{METADATA}'
-    content = storage.load_json(metadata, where)
+    content = load_json(metadata, where)
     try:
       leaves = dict.fromkeys(_leaf_keys(content['tree_metadata']))
       zarr3, ocdbt = content.get('use_zarr3', False), content.get('use_ocdbt', True)

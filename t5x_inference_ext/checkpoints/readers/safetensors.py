@@ -20,6 +20,7 @@ from t5x_inference_ext.checkpoints.readers.raw_tensor import RawTensor
 from t5x_inference_ext.checkpoints.readers.stored_bytes import StoredBytes
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.errors import CheckpointError, name_list, printable
+from t5x_inference_ext.text_files import load_json, load_json_object
 
 SAFETENSORS = 'model.safetensors'
 SAFETENSORS_INDEX = f'{SAFETENSORS}.index.json'
@@ -63,7 +64,7 @@ def read_safetensors(directory: str) -> tuple[dict[str, Tensor], int] | None:
       return None
     return read_safetensors_file(directory, SAFETENSORS)
   where = f'{directory}/{SAFETENSORS_INDEX}'
-  content = storage.load_json(index, where)
+  content = load_json(index, where)
   files = content.get('weight_map') if isinstance(content, dict) else None
   if not isinstance(files, dict) or not files:
     raise CheckpointError(f'{where} is damaged: it has no weight_map from arrays to files')
@@ -118,9 +119,7 @@ def read_safetensors_file(directory: str, name: str) -> tuple[dict[str, Tensor],
       f'{MAX_HEADER_BYTES}'
     )
   data = file.read(_LENGTH_BYTES, length).tobytes()
-  header = storage.load_json(data, f'the header of {file.path}')
-  if not isinstance(header, dict):
-    raise CheckpointError(f'the header of {file.path} is damaged: it is not a JSON object')
+  header = load_json_object(data, f'the header of {file.path}')
   header.pop('__metadata__', None)
   tensors: dict[str, Tensor] = {}
   spans = []
