@@ -13,8 +13,23 @@ PAGE = 5
 _numbers = itertools.count()
 
 
-class FakeGcs:
-  """A server, until it is closed.
+class FakeServer:
+  """A server in a thread of its own, until it is closed."""
+
+  def __init__(self, handler: type):
+    self._server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    self.url = f'http://127.0.0.1:{self._server.server_port}'
+    self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+    self._thread.start()
+
+  def close(self) -> None:
+    self._server.shutdown()
+    self._server.server_close()
+    self._thread.join()
+
+
+class FakeGcs(FakeServer):
+  """A bucket's server, until it is closed.
 
   Attributes:
     url: for TENSORSTORE_GCS_HTTP_URL.
@@ -31,15 +46,7 @@ class FakeGcs:
     self._generations, self._lock = itertools.count(1000), threading.Lock()
     name = f'bucket-{next(_numbers)}'
     self.bucket, self.root = f'gs://{name}', f'/storage/v1/b/{name}/o'
-    self._server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), _handler(self))
-    self.url = f'http://127.0.0.1:{self._server.server_port}'
-    self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-    self._thread.start()
-
-  def close(self) -> None:
-    self._server.shutdown()
-    self._server.server_close()
-    self._thread.join()
+    super().__init__(_handler(self))
 
   def put(self, name: str, value: bytes) -> int:
     with self._lock:
@@ -99,7 +106,7 @@ def _handler(gcs: FakeGcs) -> type:
         return name, query
       return None
 
-    def do_GET(self):  # pylint: disable=invalid-name
+    def do_GET(self):
       asked = self.begin()
       if asked is None:
         return
@@ -140,14 +147,14 @@ def _handler(gcs: FakeGcs) -> type:
         content['nextPageToken'] = names[PAGE]
       self.answer(200, json.dumps(content).encode())
 
-    def do_POST(self):  # pylint: disable=invalid-name
+    def do_POST(self):
       value = self.rfile.read(int(self.headers['Content-Length']))
       asked = self.begin()
       if asked is not None:
         gcs.put(asked[0], gcs.store(asked[0], value))
         self.answer(200, json.dumps(_metadata(asked[0])).encode())
 
-    def do_DELETE(self):  # pylint: disable=invalid-name
+    def do_DELETE(self):
       asked = self.begin()
       if asked is not None:
         self.answer(404 if gcs.objects.pop(asked[0], None) is None else 204)

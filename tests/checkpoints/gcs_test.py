@@ -23,6 +23,7 @@ from t5x_inference_ext.errors import CheckpointError, UserError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.mesh import make_mesh, parse_mesh
 from tests.checkpoints import fake_gcs, gguf_families, public_files, synthetic
+from tests.checkpoints.synthetic import contents
 from tests.text import vocabularies
 
 LEAVES = synthetic.fused(synthetic.canonical())
@@ -42,12 +43,6 @@ def gcs(monkeypatch):
 @pytest.fixture
 def source(tmp_path) -> pathlib.Path:
   return synthetic.write_legacy(tmp_path / 'source', LEAVES, chunks=5)
-
-
-def files(directory: pathlib.Path) -> dict[str, bytes]:
-  return {
-    str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob('*') if f.is_file()
-  }
 
 
 def run(*argv):
@@ -176,7 +171,7 @@ def test_an_output_in_a_bucket(gcs, source, tmp_path, capsys, form):
     and f'wrote and verified {out}' in said.out
     and 'upload: ' in said.err
   )
-  assert gcs.below('deep/out') == files(tmp_path / 'local')
+  assert gcs.below('deep/out') == contents(tmp_path / 'local')
   assert list((tmp_path / 's').iterdir()) == []
   header = 'checkpoint' if form == 't5x_int8' else 'serving_config.json'
   assert gcs.uploads()[0] == f'deep/out/{MARKER}' and gcs.uploads()[-1] == f'deep/out/{header}'
@@ -213,7 +208,7 @@ def opens(path: str) -> bool:
 def test_an_upload_goes_on_where_it_was_interrupted(gcs, source, tmp_path):
   """At every one of its requests."""
   convert.convert(source, tmp_path / 'local')
-  names = sorted(files(tmp_path / 'local'))
+  names = sorted(contents(tmp_path / 'local'))
   out, interrupted = f'{gcs.bucket}/out', 0
   for i, name in enumerate(names):  # some can't be uploaded, some can't be read back
     gcs.failures['GET' if i % 2 and '/' in name else 'POST', f'out/{name}'].append(403)
@@ -226,7 +221,7 @@ def test_an_upload_goes_on_where_it_was_interrupted(gcs, source, tmp_path):
       interrupted += 1
     assert not opens(out)
   assert interrupted == len(names) and report.finished
-  assert gcs.below('out') == files(tmp_path / 'local') and list((tmp_path / 's').iterdir()) == []
+  assert gcs.below('out') == contents(tmp_path / 'local') and list((tmp_path / 's').iterdir()) == []
   # Once more for each failure, and no more.
   assert all(gcs.uploads().count(f'out/{name}') == 2 for name in names)
 
@@ -261,7 +256,7 @@ def test_killed_while_uploading(gcs, source, tmp_path, repository):
       killed += process.returncode == -signal.SIGKILL
       assert not opens(out)
   assert killed == 4
-  assert gcs.below('out') == files(tmp_path / 'local') and list((tmp_path / 's').iterdir()) == []
+  assert gcs.below('out') == contents(tmp_path / 'local') and list((tmp_path / 's').iterdir()) == []
 
 
 def interrupt(gcs, source, tmp_path, name='serving_config.json', **options) -> str:
@@ -293,7 +288,7 @@ def test_other_options_start_over(gcs, source, tmp_path):
   assert any(name.startswith('query_scale/') for name in gcs.below('out'))
   assert convert.convert(source, out, 'bfloat16', staging=tmp_path / 's').finished
   convert.convert(source, tmp_path / 'local', 'bfloat16')
-  assert gcs.below('out') == files(tmp_path / 'local')
+  assert gcs.below('out') == contents(tmp_path / 'local')
 
 
 def test_a_bucket_that_keeps_something_else(gcs, source, tmp_path):

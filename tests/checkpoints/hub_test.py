@@ -5,7 +5,6 @@ import http.server
 import json
 import pathlib
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -14,24 +13,17 @@ from t5x_inference_ext.checkpoints import convert, open_checkpoint
 from t5x_inference_ext.checkpoints.conversion.verify import verify
 from t5x_inference_ext.errors import CheckpointError, UserError
 from tests.checkpoints import gguf_families, public_files
+from tests.checkpoints.fake_gcs import FakeServer
 
 SHA = '0123456789abcdef0123456789abcdef01234567'
 
 
-class FakeHub:
+class FakeHub(FakeServer):
   """A hub with one model, me/model, at one revision, until it is closed."""
 
   def __init__(self, files: dict[str, bytes]) -> None:
     self.files, self.fetched = files, []
-    self._server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), _handler(self))
-    self.url = f'http://127.0.0.1:{self._server.server_port}'
-    self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-    self._thread.start()
-
-  def close(self) -> None:
-    self._server.shutdown()
-    self._server.server_close()
-    self._thread.join()
+    super().__init__(_handler(self))
 
 
 def _handler(hub: FakeHub) -> type:

@@ -10,6 +10,7 @@ from t5x_inference_ext.checkpoints.conversion import files
 from t5x_inference_ext.checkpoints.conversion.work_directory import WorkDirectory
 from t5x_inference_ext.errors import CheckpointError
 from tests.checkpoints import synthetic
+from tests.checkpoints.synthetic import contents
 
 
 class Killed(BaseException):
@@ -21,10 +22,6 @@ def source(tmp_path_factory) -> pathlib.Path:
   return synthetic.write_legacy(
     tmp_path_factory.mktemp('resume') / 'source', synthetic.fused(synthetic.canonical())
   )
-
-
-def contents(path: pathlib.Path) -> dict[str, bytes]:
-  return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob('*') if p.is_file()}
 
 
 def killed(monkeypatch, name: str, calls: int, *arguments, **options) -> bool:

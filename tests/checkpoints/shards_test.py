@@ -14,6 +14,7 @@ from t5x_inference_ext.checkpoints.conversion.work_directory import WorkDirector
 from t5x_inference_ext.errors import CheckpointError, UserError
 from tests import processes
 from tests.checkpoints import synthetic
+from tests.checkpoints.synthetic import contents
 
 LEAVES = synthetic.fused(synthetic.canonical())
 
@@ -21,10 +22,6 @@ LEAVES = synthetic.fused(synthetic.canonical())
 @pytest.fixture
 def source(tmp_path) -> pathlib.Path:
   return synthetic.write_legacy(tmp_path / 'source', LEAVES, chunks=4)
-
-
-def contents(path):
-  return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob('*') if p.is_file()}
 
 
 def run(source, out, **options):

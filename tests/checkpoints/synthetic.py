@@ -15,6 +15,11 @@ CONFIG = ModelConfig(num_layers=2, d_model=8, d_ff=24, num_heads=3, d_head=4, vo
 Leaves = dict[str, np.ndarray]
 
 
+def contents(path: pathlib.Path) -> dict[str, bytes]:
+  """The files below a directory, by relative path."""
+  return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob('*') if p.is_file()}
+
+
 def canonical(config: ModelConfig = CONFIG, seed: int = 0) -> Leaves:
   """Random float32 values for every canonical tensor."""
   rng = np.random.default_rng(seed)

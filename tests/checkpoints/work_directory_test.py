@@ -13,6 +13,7 @@ from t5x_inference_ext.checkpoints.conversion.raw_array import FINGERPRINTS, Raw
 from t5x_inference_ext.checkpoints.conversion.read_back import ReadBack
 from t5x_inference_ext.errors import CheckpointError
 from tests.checkpoints import synthetic
+from tests.checkpoints.synthetic import contents
 
 PRECIOUS = b'precious'
 
@@ -43,10 +44,6 @@ def killed(source, tmp_path, monkeypatch) -> pathlib.Path:
     with pytest.raises(Killed):
       convert.convert(source, tmp_path / 'out', workers=1, slice_bytes=1)
   return tmp_path / 'out.unfinished'
-
-
-def contents(path: pathlib.Path) -> dict[str, bytes]:
-  return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob('*') if p.is_file()}
 
 
 NAMES = (
