@@ -212,7 +212,7 @@ def test_other_weights_are_refused(refusal, receipt, testdata):
   checkpoint = testdata / 'palm_unscanned' / 'checkpoint_0'
   assert 'made with other weights' in refusal(receipt, '--mesh=1x1x1', checkpoint=checkpoint)
   receipt['weights']['sha256'] = '0' * 64
-  assert 'norms 000000000000, and ' in refusal(receipt)
+  assert 'SHA-256 000000000000 of their norms; those of ' in refusal(receipt)
 
 
 def _set(path, value):
