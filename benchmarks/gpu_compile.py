@@ -26,7 +26,7 @@ from t5x_inference_ext.precompile import loops, work  # noqa: E402
 from t5x_inference_ext.precompile.case import CompileCase  # noqa: E402
 from t5x_inference_ext.precompile.hlo_parser import parse_hlo  # noqa: E402
 from t5x_inference_ext.precompile.program import phase_function  # noqa: E402
-from t5x_inference_ext.sharding.mesh import single_device_mesh  # noqa: E402
+from t5x_inference_ext.sharding.mesh import make_mesh  # noqa: E402
 
 # The properties of an H200 that the compiler reads (NVIDIA's data sheet, CUDA's device properties).
 _H200 = """
@@ -94,7 +94,7 @@ def gpu_mesh() -> jax.sharding.Mesh:
       'jax has no CUDA plugin here: pip install --no-deps jax-cuda13-pjrt==VERSION '
       f'jax-cuda13-plugin==VERSION nvidia-cuda-nvcc nvidia-nvvm (VERSION is {jax.__version__})'
     ) from e
-  return single_device_mesh(devices[0])
+  return make_mesh((1, 1, 1), devices[:1])
 
 
 def compiler_options() -> dict[str, str]:

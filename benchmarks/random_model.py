@@ -16,7 +16,7 @@ from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.precompile.program import abstract_weights, phase_function
-from t5x_inference_ext.sharding.mesh import single_device_mesh
+from t5x_inference_ext.sharding.mesh import make_mesh
 
 GREEDY = SamplingParams()
 _BLOCK = 128
@@ -58,7 +58,7 @@ class RandomModel:
       kind: str. 'bfloat16' or 'int8' weights.
       scan_layers: bool. Whether to loop over all layers; otherwise they are unrolled.
     """
-    model = Model(config, single_device_mesh())
+    model = Model(config, make_mesh((1, 1, 1)))
     return cls(model, random_weights(model, kind, scan_layers), kind)
 
   @property

@@ -13,26 +13,18 @@ from t5x_inference_ext.sharding.layout import Axes, Layout
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 
-def weight_rules(layout: Layout) -> Rules:
-  """Return the rules of stored weights, which both phases share."""
+def logical_axis_rules(layout: Layout) -> Rules:
+  """Return a layout's rules of stored weights, which both phases share."""
   return _rules(layout.weight_axes)
 
 
 def activation_rules(sharding: ActivationSharding) -> Rules:
-  """Return the rules of activations and KV cache in one phase."""
-  return _rules(sharding.axes)
+  """Return the rules of activations and KV cache in one phase.
 
-
-def logical_axis_rules(layout: Layout, sharding: ActivationSharding | None = None) -> Rules:
-  """Return a layout's rules for T5X.
-
-  Args:
-    layout: The layout of either phase.
-    sharding: If given, its activation rules precede the weights' rules. The weights' rules are
-      still needed: a function that declares weights without rules for them gathers all weights on
-      every device.
+  The rules of the weights have to follow them: a function that declares weights without rules for
+  them gathers all weights on every device.
   """
-  return (*(() if sharding is None else activation_rules(sharding)), *weight_rules(layout))
+  return _rules(sharding.axes)
 
 
 def _rules(axes: Mapping[str, Axes]) -> Rules:

@@ -83,11 +83,6 @@ def mesh_links(mesh: Mesh) -> dict[str, str] | None:
   return dict(zip(mesh.axis_names, links, strict=True))
 
 
-def single_device_mesh(device: jax.Device | None = None) -> Mesh:
-  """Return a mesh of one device, by default the first device."""
-  return make_mesh((1, 1, 1), [device or jax.devices()[0]])
-
-
 def mesh_shape(mesh: Mesh | jax.sharding.AbstractMesh) -> MeshShape:
   """Return (X, Y, Z). An axis that the mesh lacks has size 1."""
   x, y, z = (mesh.shape.get(a, 1) for a in AXES)

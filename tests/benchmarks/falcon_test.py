@@ -9,7 +9,7 @@ import pytest
 from benchmarks import accelerator
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights, layer_weights
-from t5x_inference_ext.sharding.mesh import single_device_mesh
+from t5x_inference_ext.sharding.mesh import make_mesh
 from t5x_inference_ext.sharding.packing import packed_tensors
 
 pytestmark = [
@@ -82,7 +82,7 @@ def test_same_logits(falcon):
     for name, p in module.named_parameters():
       is_scale = name.endswith('weight') and p.ndim == 1
       p.copy_(torch.tensor((rng.normal(size=p.shape) * 0.1 + is_scale).astype(np.float32)))
-  model = Model(TINY, single_device_mesh(), dtype='float32')
+  model = Model(TINY, make_mesh((1, 1, 1)), dtype='float32')
   weights = _weights(
     model, _canonical({name: x.numpy() for name, x in module.state_dict().items()})
   )

@@ -7,7 +7,7 @@ import pytest
 
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.sharding.activations import ACTIVATION_AXES, padded_length, shard_activations
-from t5x_inference_ext.sharding.axis_rules import logical_axis_rules
+from t5x_inference_ext.sharding.axis_rules import activation_rules, logical_axis_rules
 from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout
 from t5x_inference_ext.sharding.packing import packed_tensors
 
@@ -21,6 +21,10 @@ CONFIGS = {
   'parallel multiquery': preset('palm_tiny'),
   'serial multihead': preset('palm_tiny', num_kv_heads=8, block='serial', mlp='gelu', norm='layer'),
 }
+
+
+def phase_rules(layout, sharding):
+  return (*activation_rules(sharding), *logical_axis_rules(layout))
 
 
 def _spec(names, rules):
@@ -51,7 +55,7 @@ def test_weights(config, layout):
   sharding = shard_activations(layout, config, MESH, 8, 8)
   for name, tensor in packed_tensors(config, layout, MESH, int8=True).items():
     assert len(tensor.axes) == len(tensor.shape)
-    for rules in (logical_axis_rules(layout), logical_axis_rules(layout, sharding)):
+    for rules in (logical_axis_rules(layout), phase_rules(layout, sharding)):
       assert _spec(tensor.axes, rules) == _trimmed(tensor.spec), name
       assert _spec(('layers', *tensor.axes), rules) == _trimmed(P(None, *tensor.spec)), name
 
@@ -62,7 +66,7 @@ def test_weights(config, layout):
 def test_activations(config, layout, rows, length):
   length = padded_length(layout, MESH, rows, length)
   sharding = shard_activations(layout, CONFIGS[config], MESH, rows, length)
-  rules = logical_axis_rules(layout, sharding)
+  rules = phase_rules(layout, sharding)
   assert _spec(ACTIVATION_AXES['residual'], rules) == _trimmed(P(*sharding.residual))
   assert _spec(ACTIVATION_AXES['cache'], rules) == _trimmed(sharding.cache)
   assert _spec(ACTIVATION_AXES['queries'], rules) == _trimmed(
@@ -78,7 +82,7 @@ def test_names_have_one_meaning():
   weights = set(Layout().weight_axes)
   activations = {name for names in ACTIVATION_AXES.values() for name in names}
   assert not weights & activations
-  rules = logical_axis_rules(
+  rules = phase_rules(
     Layout(), shard_activations(Layout(), CONFIGS['parallel multiquery'], MESH, 8, 8)
   )
   names = [name for name, _ in rules]
