@@ -182,17 +182,13 @@ def recorded_in(header: Mapping[str, Any]) -> dict[str, ResolvedOption]:
     return {
       'norm_scale': ResolvedOption(header['model'].get('norm_scale'), 'recorded in the checkpoint')
     }
-  return {
-    printable(name): ResolvedOption(
-      _plain(stated.get('value')), f'recorded: {printable(stated.get("source"))}'
-    )
-    for name, stated in listed.items()
-    if isinstance(stated, dict)
-  }
-
-
-def _plain(value: Any) -> Any:
-  return value if isinstance(value, (bool, int, float)) else printable(value)
+  found = {}
+  for name, stated in listed.items():
+    if isinstance(stated, dict):
+      value = stated.get('value')
+      value = value if isinstance(value, (bool, int, float)) else printable(value)
+      found[printable(name)] = ResolvedOption(value, f'recorded: {printable(stated.get("source"))}')
+  return found
 
 
 def resolve(

@@ -80,7 +80,8 @@ def _memory(program: Program) -> Iterator[str]:
   yield ''
   of = ''
   if m.available:
-    share = _share(m.needed, m.available, '.0%')
+    fits = m.needed <= m.available
+    share = f'{m.needed / m.available:.0%}' if fits else 'above 100%: an error of the count'
     of = f' of {gib(m.available)} GiB on each chip ({share})'
   yield (
     f'fits: {gib(m.needed)}{of}: weights {gib(m.weights)}, cache {gib(m.cache)}, temporaries '
@@ -227,11 +228,6 @@ def _shortage(answer: Answer, s: Shortage) -> Iterator[str]:
     value = {'layout': case.layout, 'batch': case.batch, 'slice': a.slice}[a.change]
     of = f' of {gib(m.available)}' if m.available else ''
     yield f'would fit: --{a.change}={value}, {gib(m.needed)}{of} GiB (compiled)'
-
-
-def _share(part: float, whole: float, form: str) -> str:
-  """Return a part's share of a whole as a percentage; a share above 1 means a counting error."""
-  return f'{part / whole:{form}}' if part <= whole else 'above 100%: an error of the count'
 
 
 def _wrap(line: str, indent: str) -> Sequence[str]:

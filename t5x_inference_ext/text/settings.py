@@ -78,11 +78,6 @@ class TextSettings:
     """The ids in front of every prompt: (BOS,) or ()."""
     return () if self.bos_id is None else (self.bos_id,)
 
-  @property
-  def is_only_t5x(self) -> bool:
-    """Whether the settings are just T5X's BOS and EOS, which a checkpoint need not record."""
-    return (self.bos_id, self.end_ids) == (BOS_ID, (EOS_ID,))
-
   def to_dict(self) -> dict[str, Any]:
     """Return all fields except the files' content, JSON-ready; from_dict is the inverse."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -6,7 +6,13 @@ import os
 from t5x_inference_ext.errors import RequestError, printable
 from t5x_inference_ext.text.model_files import ModelFiles
 from t5x_inference_ext.text.sentencepiece_model import SentencePieceVocabulary
-from t5x_inference_ext.text.settings import TextSettings, check_settings, settings_of_vocabulary
+from t5x_inference_ext.text.settings import (
+  BOS_ID,
+  EOS_ID,
+  TextSettings,
+  check_settings,
+  settings_of_vocabulary,
+)
 from t5x_inference_ext.text.tokenizer_json import TOKENIZER_FILE, TokenizerVocabulary
 from t5x_inference_ext.text.vocabulary import ByteVocabulary, Vocabulary
 from t5x_inference_ext.text_files import read_bytes
@@ -97,7 +103,8 @@ def _given(given: TextSettings, recorded: TextSettings) -> TextSettings:
   whose vocabulary is unknown may state its end ids, and these are used too. If it states no BOS,
   the given vocabulary's is used.
   """
-  if recorded.kind != 'none' or recorded.is_only_t5x:
+  is_t5x = (recorded.bos_id, recorded.end_ids) == (BOS_ID, (EOS_ID,))
+  if recorded.kind != 'none' or is_t5x:
     return dataclasses.replace(given, bos_id=recorded.bos_id)
   return dataclasses.replace(
     given,
