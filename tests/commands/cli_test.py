@@ -1,6 +1,7 @@
 """What all commands share: flags, gin bindings, errors in one line."""
 
 import errno
+import importlib
 import subprocess
 import sys
 import types
@@ -354,3 +355,18 @@ def test_help_keeps_its_commands_lines(module):
   assert len(lines) > 3
   # Two spaces within a line: a backslash has eaten the line's end.
   assert [line for line in lines if len(line) > 120 or '  ' in line.strip()] == []
+
+
+@pytest.mark.parametrize(
+  'command, words',
+  [
+    ('convert_checkpoint', ['--gin.INPUT_CHECKPOINT=', '--norm_scale', 'must not exist']),
+    ('plan', ['--slice=v4:4x4x4', '--latency_target_ms', 'The cheapest', '--objective=']),
+    ('precompile', ['exit code is 0 if the program fits, 1 if it does not', '--layout: ']),
+  ],
+)
+def test_help_teaches(command, words, capsys):
+  run = importlib.import_module(f't5x_inference_ext.commands.{command}').run
+  assert run([command, '--help']) == 0
+  out = capsys.readouterr().out
+  assert [word for word in words if word not in out] == []

@@ -274,15 +274,3 @@ def test_terminal_gets_a_bar(palm_tiny, tmp_path, capsys, monkeypatch):
   assert run(f'--input={palm_tiny}', f'--output={tmp_path}/out', '--weights=int8') == 0
   err = capsys.readouterr().err
   assert 'convert: 100%' in err and 'verify: 100%' in err
-
-
-def test_help_teaches(capsys):
-  assert run('--help') == 0
-  out = capsys.readouterr().out
-  for words in (
-    '--input=examples/palm_tiny/checkpoint_1000',
-    '--gin.INPUT_CHECKPOINT=',
-    '--norm_scale',
-    'must not exist',
-  ):
-    assert words in out

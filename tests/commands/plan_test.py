@@ -262,19 +262,6 @@ def test_a_file_without_permission_is_refused_first(capsys, monkeypatch, tmp_pat
   assert out == '' and err.endswith('plan: permission denied\n')
 
 
-def test_help_teaches(capsys):
-  assert run('--help') == 0
-  out = capsys.readouterr().out
-  for words in (
-    '--slice=v4:4x4x4',
-    '--latency_target_ms',
-    'The cheapest',
-    '--gin_output',
-    '--objective=',
-  ):
-    assert words in out
-
-
 def test_it_runs_as_a_module(repository, tmp_path):
   result = subprocess.run(
     [sys.executable, '-m', 't5x_inference_ext.plan', *TINY],

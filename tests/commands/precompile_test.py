@@ -107,18 +107,6 @@ def test_two_is_for_errors_in_one_line(capsys, argv, words):
   assert err.startswith('error: ') and words in err and err.count('\n') == 1
 
 
-def test_help_teaches(capsys):
-  assert run('--help') == 0
-  out = capsys.readouterr().out
-  for words in (
-    '--slice=v4:4x4x4',
-    'exit code is 0 if the program fits, 1 if it does not',
-    '--gin_file=',
-    '--layout: ',
-  ):
-    assert words in out
-
-
 @pytest.mark.libtpu
 def test_a_plain_shell_needs_no_variables(repository, tmp_path):
   """With none of libtpu's or jax's variables set, from a process of its own."""
