@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import io
 import reprlib
 from typing import Any, TypeAlias, TypeVar
 
@@ -78,9 +79,10 @@ def read_rows(path: str, *, score: bool) -> list[PromptRow]:
       lines of invalid rows.
   """
   try:
+    with open(path, 'rb') as file:
+      data = file.read()
     # utf-8-sig drops the byte order mark that some editors write.
-    with open(path, encoding='utf-8-sig') as file:
-      lines = file.readlines()
+    lines = io.StringIO(data.decode('utf-8-sig'), newline=None)
   except FileNotFoundError:
     raise RequestError(
       f'no prompts file at {path}: --prompts is a file of JSON lines such as {EXAMPLE}'
@@ -88,24 +90,13 @@ def read_rows(path: str, *, score: bool) -> list[PromptRow]:
   except OSError as error:
     raise RequestError(f"the prompts file {path} can't be read: {error.strerror}") from error
   except UnicodeDecodeError as error:
-    line = _undecodable_line(path)
-    raise RequestError(f'{path}:{line}: the line is not UTF-8: save the file as UTF-8') from error
+    number = len(error.object[: error.start + 1].splitlines())
+    raise RequestError(f'{path}:{number}: the line is not UTF-8: save the file as UTF-8') from error
   numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
   rows = _map_rows(path, numbered, lambda item: _parse(*item, score), lambda item: item[0])
   if not rows:
     raise RequestError(f'the prompts file {path} has no rows')
   return rows
-
-
-def _undecodable_line(path: str) -> int:
-  """Return the number of the first line of a file that is not UTF-8."""
-  with open(path, 'rb') as file:
-    data = file.read()
-  try:
-    data.decode('utf-8')
-  except UnicodeDecodeError as error:
-    return len(data[: error.start + 1].splitlines())
-  return 1
 
 
 def tokenize(
