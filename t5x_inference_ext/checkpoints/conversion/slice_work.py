@@ -63,7 +63,7 @@ class SliceContext:
     put: Function that takes the values to write.
     budget: Budget for blocks that are needed again.
     search: Whether scales are searched for the least squared error.
-    progress: Called with the written tensors' names and errors, and bytes of the source.
+    progress: Called with the names of the tensors of a written block, and the block's bytes.
     finished: Called with each slice's record, and a dict from (array, chunk's index) to the bytes
       that the slice wrote.
   """
