@@ -101,25 +101,19 @@ def stock(engine: Engine, tensors, requests: list[Request], slots: int):
   import functools
 
   import jax.numpy as jnp
-  import seqio
-  from t5x import decoding, models
+  from t5x import decoding
 
   from tests.checkpoints import synthetic
   from tests.t5x_adapter import palm_flaxformer
 
   c = engine.model.config
-  module = palm_flaxformer.make_module(
-    c.vocab_size, c.num_layers, c.d_model, c.d_ff, c.num_heads, c.d_head, scan=True
-  )
   params = jax.tree.map(jnp.asarray, synthetic.nest(synthetic.fused(tensors, c)))
   length = max(len(r.tokens) for r in requests) + max(r.limit for r in requests)
 
   @functools.partial(jax.jit, static_argnames='steps')
   def step(params, batch, steps):
     decode = functools.partial(decoding.temperature_sample, temperature=0.0, max_decode_steps=steps)
-    model = models.DecoderOnlyModel(
-      module, seqio.ByteVocabulary(), optimizer_def=None, decode_fn=decode
-    )
+    model = palm_flaxformer.stock_model(c, decode_fn=decode)
     options = {'eos_id': -1, 'decode_rng': jax.random.PRNGKey(0)}
     return model.predict_batch_with_aux(params, batch, decoder_params=options)[0]
 

@@ -38,21 +38,12 @@ def own_run(engine: Engine, prompts: np.ndarray, new_tokens: int):
 
 def stock_run(checkpoint: str, config, prompts: np.ndarray, new_tokens: int):
   """Return such a function of stock T5X; raise ImportError if T5X or flaxformer is absent."""
-  import seqio
-  from t5x import decoding, models
+  from t5x import decoding
 
   from tests.t5x_adapter import palm_flaxformer
 
-  c = config
-  module = palm_flaxformer.make_module(
-    c.vocab_size, c.num_layers, c.d_model, c.d_ff, c.num_heads, c.d_head, scan=True
-  )
-  model = models.DecoderOnlyModel(
-    module,
-    seqio.ByteVocabulary(),
-    optimizer_def=None,
-    decode_fn=functools.partial(decoding.temperature_sample, temperature=0.0),
-  )
+  decode_fn = functools.partial(decoding.temperature_sample, temperature=0.0)
+  model = palm_flaxformer.stock_model(config, decode_fn=decode_fn)
   params = stock_params(checkpoint)
   rows, length = prompts.shape
   inputs = np.zeros((rows, length + new_tokens), np.int32)

@@ -25,8 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
-import seqio
-from t5x import decoding, models, partitioning, train_state
+from t5x import decoding, partitioning, train_state
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError, UserError
@@ -204,7 +203,7 @@ def phase_function(
   decode: (params, cache, tokens [B, 1]) -> (next tokens [B, 1], cache).
   prefill: (params, tokens [B, T], causal attention [B, T]) -> (next tokens [B, 1], cache).
   """
-  model = stock_model(config)
+  model = palm_flaxformer.stock_model(config, jnp.bfloat16)
   mesh, rows = partitioner.mesh, partitioner.data_partition_spec
 
   def struct(x, spec, dtype=None):
@@ -245,21 +244,6 @@ def phase_function(
     ),
     (params, cache, one),
   )
-
-
-def stock_model(config: ModelConfig) -> models.DecoderOnlyModel:
-  c = config
-  module = palm_flaxformer.make_module(
-    c.vocab_size,
-    c.num_layers,
-    c.d_model,
-    c.d_ff,
-    c.num_heads,
-    c.d_head,
-    scan=True,
-    dtype=jnp.bfloat16,
-  )
-  return models.DecoderOnlyModel(module, seqio.ByteVocabulary(), optimizer_def=None)
 
 
 def _cache(model, params, tokens, partitioner):

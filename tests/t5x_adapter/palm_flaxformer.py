@@ -9,6 +9,8 @@ from flaxformer.architectures.t5 import parallel_fused_decoder, t5_architecture
 from flaxformer.components import dense, embedding, layer_norm
 from flaxformer.components.attention import dense_attention
 import jax.numpy as jnp
+import seqio
+from t5x import models
 
 
 def make_module(
@@ -106,3 +108,12 @@ def make_module(
     )
 
   return t5_architecture.DecoderOnly(decoder_factory=decoder, scan_layers=scan, dtype=dtype)
+
+
+def stock_model(config, dtype=jnp.float32, **options) -> models.DecoderOnlyModel:
+  """T5X's model of a PaLM of these sizes, over bytes."""
+  c = config
+  module = make_module(
+    c.vocab_size, c.num_layers, c.d_model, c.d_ff, c.num_heads, c.d_head, dtype=dtype
+  )
+  return models.DecoderOnlyModel(module, seqio.ByteVocabulary(), optimizer_def=None, **options)
