@@ -15,6 +15,7 @@ from t5x_inference_ext.precompile import fit, slices
 from t5x_inference_ext.precompile.case import GREEDY, CompileCase
 from t5x_inference_ext.precompile.estimate import Estimate, estimate
 from t5x_inference_ext.precompile.fit import Alternative, Say, Shortage, quiet
+from t5x_inference_ext.precompile.kernel_schedule import kernel_schedules
 from t5x_inference_ext.precompile.program import Program
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import parse_mesh
@@ -87,6 +88,7 @@ def analyze(
   other_layout: str | None = None,
   mesh: str | None = None,
   cache: str | None = None,
+  attention: str = 'xla',
   scan_layers: bool | None = None,
   prompt: int | None = None,
   max_new_tokens: int = 64,
@@ -107,6 +109,7 @@ def analyze(
     other_layout: str or None. The layout of the other phase; see CompileCase.
     mesh: str or None. 'XxYxZ' over the whole slice. By default a mesh along its torus.
     cache: str or None. Dtype of the KV cache: 'int8', or None for bfloat16.
+    attention: str. How attention reads the cache: 'xla' or 'kernel'.
     scan_layers: bool or None. True for one loop over all layers; by default the layers are
       unrolled. In the search for a layout, a model with many layers is compiled as a loop, to see
       in seconds whether it fits, and with a few unrolled layers, to estimate its time.
@@ -131,6 +134,7 @@ def analyze(
     prompt,
     Layout.parse(other_layout) if other_layout else None,
     cache=cache,
+    attention=attention,
     scan_layers=scan_layers,
     max_new_tokens=max_new_tokens,
     sampling=sampling,
@@ -143,7 +147,8 @@ def analyze(
     program = fit.try_compile(case, slice_, devices)
     if isinstance(program, Shortage):
       return program, None
-    return program, estimate(program.text, slice_, devices.shape)
+    schedules = kernel_schedules(case, slice_, devices.devices.shape)
+    return program, estimate(program.text, slice_, devices.shape, schedules=schedules)
 
   tried: tuple[Tried, ...] = ()
   if layout:

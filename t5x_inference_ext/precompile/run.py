@@ -25,6 +25,7 @@ def precompile(
   other_layout: str | None = None,
   mesh: str | None = None,
   cache: str | None = None,
+  attention: str = 'xla',
   scan_layers: bool | None = None,
   max_new_tokens: int = 64,
   sampling: SamplingParams = SamplingParams(),
@@ -37,7 +38,7 @@ def precompile(
 
   Args:
     model, slice_name, batch, weights, phase, context, prompt, layout, other_layout, mesh, cache,
-      scan_layers, max_new_tokens: see analysis.analyze.
+      attention, scan_layers, max_new_tokens: see analysis.analyze.
     sampling: SamplingParams. How 'generate', 'slots' and 'admit' choose tokens; 'prefill' and
       'decode' are greedy.
     json_file: str or None. File for the report as JSON.
@@ -63,6 +64,7 @@ def precompile(
     other_layout=other_layout,
     mesh=mesh,
     cache=cache,
+    attention=attention,
     scan_layers=scan_layers,
     prompt=prompt,
     max_new_tokens=max_new_tokens,
