@@ -189,6 +189,12 @@ class ModelConfig:
     return tuple(kinds[i % len(kinds)] == 'local' for i in range(self.num_layers))
 
   @property
+  def has_attention_rules(self) -> bool:
+    """Whether attention's logits have a soft cap, position biases or windows."""
+    biased = self.positions in ('alibi', 'relative')
+    return biased or self.attention_soft_cap is not None or self.window is not None
+
+  @property
   def rotary_size(self) -> int:
     """Dimensions of a head that rotary positions rotate; 0 without rotary positions."""
     if self.positions != 'rotary':

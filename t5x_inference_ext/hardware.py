@@ -33,6 +33,7 @@ class Chip:
     hbm_bandwidth: Bytes per second between memory and chip.
     compiler_hbm_bytes: Bytes that the TPU compiler lets a program use, from its out-of-memory
       message; None for GPUs.
+    cores: Number of cores that one program uses at once.
     torus: Number of physical axes of the network; 0 for chips connected by a switch.
     links: Number of torus links of a chip.
     link_bandwidth: Bytes per second in one direction: over one torus link; for GPUs, over all
@@ -55,6 +56,7 @@ class Chip:
   hbm_bytes: float
   hbm_bandwidth: float
   compiler_hbm_bytes: float | None = None
+  cores: int = 1
   torus: int = 0
   links: int = 0
   link_bandwidth: float
@@ -93,6 +95,7 @@ _CHIPS = (
     hbm_bytes=32 * _GIB,
     hbm_bandwidth=1200e9,
     compiler_hbm_bytes=30.75 * _GIB,
+    cores=2,
     torus=3,
     links=6,
     link_bandwidth=45e9,
@@ -127,6 +130,7 @@ _CHIPS = (
     hbm_bytes=96e9,
     hbm_bandwidth=2800e9,
     compiler_hbm_bytes=95.73 * _GIB,
+    cores=2,
     torus=3,
     links=6,
     link_bandwidth=90e9,

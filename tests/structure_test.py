@@ -49,7 +49,7 @@ FLOORS = (
   {'engine'},
   {'checkpoints'},
   {'model'},
-  {'sharding'},
+  {'sharding', 'kernels'},
   {'quantization', 'text'},
 )
 # planner may import precompile for `--check` alone; tests/planner holds it to doing so lazily.

@@ -59,6 +59,7 @@ class Engine(Scorer):
     mesh: str | jax.sharding.Mesh | None = None,
     dtype: str = 'bfloat16',
     cache: str | None = None,
+    attention: str = 'xla',
     prefill_layout: str = 'ws_2d/batch',
     decode_layout: str = 'ws_2d/batch',
     scan_layers: bool | None = None,
@@ -70,15 +71,14 @@ class Engine(Scorer):
 
     Args:
       checkpoint: Directory, or the result of open_checkpoint.
-      mesh: 'XxYxZ' over the first X*Y*Z devices; a mesh with axes x, y, z; or None: the largest
-        mesh that divides the model, as in the infer command.
-      dtype: Type of activations and float weights, 'float32' or 'bfloat16'; int8 stays int8.
-      cache: Type of the KV cache: 'float32', 'bfloat16', 'int8' (with a scale for each position
-        and head), or None: `dtype`.
+      mesh: 'XxYxZ', a mesh with axes x, y, z, or None: the largest that divides the model.
+      dtype: Type of activations and float weights, 'float32' or 'bfloat16'.
+      cache: Type of the KV cache: 'float32', 'bfloat16', 'int8', or None: `dtype`.
+      attention: 'xla', or 'kernel': a Pallas kernel reads the cache (Model.attention).
       prefill_layout: Layout of prefill, 'feedforward/attention'; see sharding.layout.Layout.
       decode_layout: Layout of decode steps.
-      scan_layers: Whether one array holds all layers and the program loops over them; None: a
-        loop for more than 8 layers on CPU, never on accelerators.
+      scan_layers: Whether one array holds all layers and the program loops over them; None: for
+        more than 8 layers on CPU, never on accelerators.
       executable: File of a generation that precompile saved for this model, mesh and installation.
         It serves only what it was compiled for. Loading it runs code: use your own files.
       progress: Wraps the list of tensors that are loaded, e.g. tqdm.
@@ -96,7 +96,7 @@ class Engine(Scorer):
       mesh = make_mesh(parse_mesh(mesh))
     check_model(checkpoint.config, mesh.shape)
     layouts = Layout.parse(prefill_layout), Layout.parse(decode_layout)
-    model = Model(checkpoint.config, mesh, *layouts, dtype, cache)
+    model = Model(checkpoint.config, mesh, *layouts, dtype, cache, attention)
     platform = mesh.devices.flat[0].platform
     scans = scans_layers(model.config.num_layers, scan_layers, platform)
     saved = None

@@ -129,13 +129,13 @@ def pass_rules(
     relative_bias: T5's table, or None.
     positions: Positions of the new tokens.
   """
+  if not config.has_attention_rules:
+    return None
   by_head: jax.Array | None = None
   if config.positions == 'alibi':
     by_head = jnp.asarray(alibi_slopes(config))
   elif relative_bias is not None:
     by_head = jnp.take(relative_bias, relative_buckets(config), axis=1)
-  if by_head is None and config.attention_soft_cap is None and config.window is None:
-    return None
   if by_head is not None:
     rows = by_head.reshape(config.num_heads, -1)
     rows = take_heads(rows, sharding.heads.queries(), sharding.attention_heads)

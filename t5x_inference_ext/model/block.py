@@ -20,6 +20,7 @@ from t5x_inference_ext.model.attention_rules import AttentionRules
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.heads import prepare_heads
+from t5x_inference_ext.model.kernel_attention import AttentionKernel
 from t5x_inference_ext.model.norm import norm, normalized
 from t5x_inference_ext.model.paged_attention import PagedContext, attend_pages
 from t5x_inference_ext.model.pages import PagedCache
@@ -54,6 +55,7 @@ class Layer:
       it.
     read: Number of cached positions per row that attention reads, from the first on; None: all.
     rules: Rules for attention's logits, or None.
+    kernel: The kernel that attends to cached positions, or None: plain JAX.
     parts: How the tokens are cut into parts that go through the products one after the other.
   """
 
@@ -64,6 +66,7 @@ class Layer:
   cache: KVCache | PagedCache | None
   read: int | None = None
   rules: AttentionRules | None = None
+  kernel: AttentionKernel | None = None
   parts: TokenParts = TokenParts()
 
   def __call__(
@@ -102,7 +105,9 @@ class Layer:
         )
         kv = to_cache(k, self.cache_dtype), to_cache(v, self.cache_dtype)
         first_query = reshard.first_query(k.shape[1])
-        if isinstance(context, PagedContext):
+        if self.kernel is not None and context is not None:
+          attended = self.kernel.attend(q, *kv, context, first_query)
+        elif isinstance(context, PagedContext):
           attended = attend_pages(q, *kv, context, first_query, rules)
         else:
           attended = attend(q, *kv, context, first_query, rules)

@@ -13,6 +13,7 @@ from t5x_inference_ext.model.block import Layer
 from t5x_inference_ext.model.cache import KeysValues, KVCache
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.embedding import embed
+from t5x_inference_ext.model.kernel_attention import attention_kernel
 from t5x_inference_ext.model.pages import PagedCache
 from t5x_inference_ext.model.positions import pass_angles
 from t5x_inference_ext.model.shardings import ShardedModel
@@ -67,7 +68,8 @@ def forward(
   )
   parts = token_parts(config, sharding, model.mesh, *tokens.shape)
   x = parts.split(embed(weights, tokens, None if cache is None else start, model, sharding))
-  layer = Layer(config, sharding, model.cache_dtype, angles, cache, read, rules, parts)
+  kernel = attention_kernel(model.attention, model.mesh)
+  layer = Layer(config, sharding, model.cache_dtype, angles, cache, read, rules, kernel, parts)
   layers = local_vectors(weights.layers, config, sharding)
   cached = None if cache is None else cache.by_layer(read)
   local = config.local_layers

@@ -29,7 +29,7 @@ class PagedContext(NamedTuple):
   """Keys and values of one layer that were cached in pages before the new tokens.
 
   Attributes:
-    keys: [n, s, k, q]; on a shard with a single row, [1, n * s, k, q].
+    keys: [n, s, k, q]; on a shard with a single row and several key heads, [1, n * s, k, q].
     values: Like keys.
     lengths: [b] int32. Filled positions of each row.
     owners: [n] int32. The row that each page belongs to.
@@ -79,20 +79,12 @@ def attend_pages(
   # Segments whose batch axis is the rows: the new tokens and the shared pages.
   segments = [(masked_logits(grouped, k, causal, rules, queries, new), v)]
   if context.shared_keys is not None:
-    assert context.shared_values is not None and context.shared_visible is not None
-    size = context.shared_keys.shape[0] // context.shared_visible.shape[1]
-    visible = jnp.repeat(context.shared_visible, size, axis=1)[:, None, None, :]
-    shared_positions: jax.Array | None = None
-    if rules is not None:
-      assert context.shared_starts is not None
-      shared_positions = context.shared_starts[:, None] + jnp.arange(size)[None, :]
-      shared_positions = shared_positions.reshape(1, -1)
-    shared = masked_logits(grouped, context.shared_keys, visible, rules, queries, shared_positions)
-    segments.append((shared, context.shared_values))
+    segments.append(shared_segment(grouped, context, rules))
   page_size = math.prod(context.keys.shape[:2]) // len(owners)
   positions = starts[:, None] + jnp.arange(page_size)[None, :]  # [n, s]
   visible = positions < _of_owners(context.lengths, owners)[:, None]
-  if len(q) == 1:  # all pages are the row's: one dense context, with nothing to combine
+  # A single row's merged pages are one dense context, with nothing to combine.
+  if len(q) == 1 and context.keys.shape[0] == 1:
     own = masked_logits(
       grouped, context.keys, visible.reshape(1, 1, 1, -1), rules, queries, positions.reshape(1, -1)
     )
@@ -129,6 +121,29 @@ def attend_pages(
     total += jnp.sum(weights, axis=-1)
     out += mix(weights, values, q.dtype)
   return ungrouped(out / total[..., None], q)
+
+
+def shared_segment(
+  grouped: Float[Array, 'b k n q'], context: PagedContext, rules: AttentionRules | None = None
+) -> tuple[Float[Array, 'b k n s'], KV]:
+  """Return the logits of all rows at the keys of all shared pages, and those pages' values.
+
+  Args:
+    grouped: [b, k, n, q]. Queries, scaled and grouped by key head.
+    context: A context with shared pages.
+    rules: The layer's rules for logits, or None.
+  """
+  assert context.shared_keys is not None and context.shared_values is not None
+  assert context.shared_visible is not None
+  size = context.shared_keys.shape[0] // context.shared_visible.shape[1]
+  visible = jnp.repeat(context.shared_visible, size, axis=1)[:, None, None, :]
+  positions: jax.Array | None = None
+  if rules is not None:
+    assert context.shared_starts is not None
+    positions = (context.shared_starts[:, None] + jnp.arange(size)[None, :]).reshape(1, -1)
+  queries = None if rules is None else rules.positions.queries
+  logits = masked_logits(grouped, context.shared_keys, visible, rules, queries, positions)
+  return logits, context.shared_values
 
 
 def _of_owners(x: Array, owners: Int[Array, ' n']) -> Array:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.cache import KeysValues, KVCache, with_heads
+from t5x_inference_ext.model.kernel_attention import check_attention
 from t5x_inference_ext.model.pages import PagedCache, SharedPages
 from t5x_inference_ext.model.weights import Weights, build_weights
 from t5x_inference_ext.quantization.kv import KV
@@ -49,9 +50,11 @@ class ShardedModel:
       float32.
     cache: Dtype of the KV cache: 'float32', 'bfloat16', 'int8' (with a scale for each position and
       head), or None for `dtype`. Passes without a cache also round keys and values to this dtype.
+    attention: How attention reads the cache: 'xla', in plain JAX; or 'kernel', by a Pallas kernel
+      that reads filled positions only, for models with one key head (model.kernel_attention).
 
   Raises:
-    RequestError: The dtype or cache is unknown.
+    RequestError: The dtype or cache is unknown, or the kernel does not run this model.
     MeshError: The two layouts cannot share one set of weights.
   """
 
@@ -61,10 +64,12 @@ class ShardedModel:
   decode_layout: Layout = Layout()
   dtype: str = 'bfloat16'
   cache: str | None = None
+  attention: str = 'xla'
 
   def __post_init__(self) -> None:
     check_dtype(self.dtype)
     check_cache(self.cache)
+    check_attention(self.attention, self.config, self.mesh)
     check_pair(self.prefill_layout, self.decode_layout)
 
   @property

@@ -15,6 +15,7 @@ from t5x_inference_ext.precompile import fit, slices
 from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.precompile.estimate import Estimate, estimate
 from t5x_inference_ext.precompile.fit import Alternative, Say, Shortage, quiet
+from t5x_inference_ext.precompile.kernel_schedule import kernel_schedules
 from t5x_inference_ext.precompile.program import Program
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import parse_mesh
@@ -128,7 +129,8 @@ def analyze(
     program = fit.try_compile(case, slice_, devices)
     if isinstance(program, Shortage):
       return program, None
-    return program, estimate(program.text, slice_, devices.shape)
+    schedules = kernel_schedules(case, slice_, devices.devices.shape)
+    return program, estimate(program.text, slice_, devices.shape, schedules=schedules)
 
   tried: tuple[Tried, ...] = ()
   if layout:

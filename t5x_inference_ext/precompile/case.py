@@ -11,6 +11,7 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.saved_generation import GenerationShape, describe_run
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.kernel_attention import ATTENTION_KINDS
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.options import check_options, option
 from t5x_inference_ext.precompile.phases import COMPILE_PHASES, CompilePhase
@@ -70,6 +71,13 @@ class CompileCase:
     help='Dtype of the KV cache: int8, with a scale for each position and head, or bfloat16, '
     'the default.',
     choices=('int8', 'bfloat16'),
+    group=_GROUP,
+  )
+  attention: str = option(
+    'xla',
+    help='How attention reads the KV cache. kernel: a Pallas kernel that reads filled positions '
+    'only; for models with one key head.',
+    choices=ATTENTION_KINDS,
     group=_GROUP,
   )
   scan_layers: bool | None = option(
@@ -144,7 +152,7 @@ class CompileCase:
     return (self.layout, other) if self.phase in ('prefill', 'generate') else (other, self.layout)
 
   def model(self, mesh: Mesh) -> Model:
-    return Model(self.config, mesh, *self.layouts, self.dtype, self.cache)
+    return Model(self.config, mesh, *self.layouts, self.dtype, self.cache, self.attention)
 
   def to_dict(self) -> dict[str, Any]:
     """Return the case, JSON-ready."""
@@ -171,6 +179,7 @@ class CompileCase:
       'decode_layout': str(decode),
       'dtype': self.dtype,
       'cache': self.cache_dtype,
+      'attention': self.attention,
       'stacked': self.stacked,
       **({'sampling': dataclasses.asdict(self.sampling)} if sampled else {}),
     }

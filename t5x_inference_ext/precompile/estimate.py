@@ -7,6 +7,7 @@ The serial estimate assumes that everything runs in sequence, without overlap:
   its bytes, read and written, over the HBM bandwidth, and its FLOPs over the bf16 peak. Reports
   list such instructions by name. An in-place dynamic-update-slice reads and writes only its update.
   Asynchronous copies into on-chip memory count as no time: they overlap with the rest.
+- A Pallas kernel takes the longer of its schedule and its memory traffic (kernel_cost.py).
 - A link carries hardware.Chip's bytes per second in each direction. If a collective's groups fill a
   ring of the torus, each chip has two links and data takes size/2 hops. In a chain, or a part of a
   ring, each chip has one link and data takes size-1 hops. The planner and the choice of a mesh use
@@ -33,6 +34,7 @@ from t5x_inference_ext.precompile import collective_cost, loops
 from t5x_inference_ext.precompile.calibration import CalibratedTime, calibrated_time
 from t5x_inference_ext.precompile.collective_cost import PERMUTE
 from t5x_inference_ext.precompile.hlo_parser import parse_hlo
+from t5x_inference_ext.precompile.kernel_schedule import KernelSchedule
 from t5x_inference_ext.precompile.loops import Executed
 from t5x_inference_ext.precompile.operations import OperationCost, operation_cost
 from t5x_inference_ext.precompile.relayouts import WeightCopy, weight_copies
@@ -94,7 +96,11 @@ class Estimate:
 
 
 def estimate(
-  text: str, slice_: TpuSlice, mesh: Mapping[str, int], chips: Sequence[int] | None = None
+  text: str,
+  slice_: TpuSlice,
+  mesh: Mapping[str, int],
+  chips: Sequence[int] | None = None,
+  schedules: Mapping[str, KernelSchedule] | None = None,
 ) -> Estimate:
   """Estimate the time of one run of a compiled program.
 
@@ -104,6 +110,7 @@ def estimate(
     mesh: mapping of axis to size, in the order of the devices.
     chips: sequence of int or None. The chip at each position of the mesh, in row-major order, as a
       number in row-major order of the slice's shape. By default as make_mesh arranges them.
+    schedules: mapping of kernel name to KernelSchedule, or None: no kernel's schedule is known.
 
   Raises:
     HloError: The text is not a compiled program, or has a collective in an unknown form.
@@ -112,7 +119,9 @@ def estimate(
   runs, unknown = loops.executed(program)
   if chips is None:
     chips = links.grid(slice_.shape, slice_.wraps, tuple(mesh.values())).ravel().tolist()
-  costs = [operation_cost(program, run, chip, slice_, mesh, tuple(chips)) for run in runs]
+  costs = [
+    operation_cost(program, run, chip, slice_, mesh, tuple(chips), schedules or {}) for run in runs
+  ]
   _pair_permutes(runs, costs)
   _keep_longest_branches(runs, costs)
   exposed = exposed_seconds(runs, costs, lambda c: c.seconds, lambda c: c.busy_seconds)

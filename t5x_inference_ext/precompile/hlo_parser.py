@@ -22,6 +22,7 @@ _CALLED_BY_CUSTOM_CALL = re.compile(r'\bcalled_computations=\{%?([\w.-]+)\}')
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _UNKNOWN_CYCLES = 2**63 - 1
 _OP_NAME = re.compile(r'metadata=\{[^}]*?op_name="((?:[^"\\]|\\.)*)"')
+_KERNEL_METADATA = re.compile(r'kernel_metadata=\{[^}]*\}')  # JSON on several lines
 _FRAME = re.compile(r'\bstack_frame_id=(\d+)')
 _TABLE_ROW = re.compile(r'^(\d+) (?:"(.*)"|\{(.*)\})$')
 
@@ -42,7 +43,7 @@ def parse_hlo(text: str) -> Module:
   name, entry, table = None, None, ''
   lines: list[str] = []
   tables: _Tables = {}
-  for line in text.splitlines():
+  for line in _KERNEL_METADATA.sub(_on_one_line, text).splitlines():
     if name is not None:
       if line.startswith('}'):
         computations[name] = Computation(name, tuple(map(_instruction, lines)))
@@ -64,6 +65,10 @@ def parse_hlo(text: str) -> Module:
   partitions = re.search(r'\bnum_partitions=(\d+)', text)
   frames = _frames(tables)
   return Module(computations, computations[entry], int(partitions[1]) if partitions else 1, frames)
+
+
+def _on_one_line(metadata: re.Match[str]) -> str:
+  return ''.join(metadata[0].splitlines())
 
 
 def _frames(tables: _Tables) -> dict[int, tuple[str, int]]:

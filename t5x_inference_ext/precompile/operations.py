@@ -9,6 +9,8 @@ from t5x_inference_ext.precompile import collective_cost
 from t5x_inference_ext.precompile.asynchronous import AsyncStep, async_step
 from t5x_inference_ext.precompile.collective_cost import HloCollective
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
+from t5x_inference_ext.precompile.kernel_cost import KernelCost, kernel_cost
+from t5x_inference_ext.precompile.kernel_schedule import KernelSchedule
 from t5x_inference_ext.precompile.loops import Executed
 from t5x_inference_ext.precompile.relayouts import relays
 from t5x_inference_ext.precompile.work import flops, is_free, traffic
@@ -56,6 +58,7 @@ class OperationCost:
     collective: HloCollective or None. The collective that it runs.
     functions: tuple of str. Functions of the user's program around it, innermost first.
     step: AsyncStep or None. The instruction's part in an asynchronous operation.
+    kernel: KernelCost or None. The price of the Pallas kernel that it runs.
   """
 
   name: str
@@ -73,6 +76,13 @@ class OperationCost:
   collective: HloCollective | None = None
   functions: tuple[str, ...] = ()
   step: AsyncStep | None = None
+  kernel: KernelCost | None = None
+
+  @property
+  def is_priced(self) -> bool:
+    """Whether the compiler's estimate or schedule gives the time."""
+    scheduled = self.kernel is not None and self.kernel.schedule_seconds is not None
+    return self.estimated or scheduled
 
   @property
   def hidden_seconds(self) -> float:
@@ -87,6 +97,7 @@ def operation_cost(
   slice_: TpuSlice,
   mesh: Mapping[str, int],
   chips: tuple[int, ...],
+  schedules: Mapping[str, KernelSchedule],
 ) -> OperationCost:
   """Return the cost of an instruction, with nothing overlapped.
 
@@ -97,18 +108,21 @@ def operation_cost(
     slice_: TpuSlice. The slice whose torus carries the collectives.
     mesh: mapping of axis to size, in the order of the devices.
     chips: tuple of int. The chip of each device; see collective_cost.seconds.
+    schedules: mapping of kernel name to KernelSchedule.
   """
   i = run.instruction
   step = async_step(module, run.computation, i)
   collective = collective_cost.find_collective(module, run.computation, i, mesh)
   work, moved = flops(module, run.computation, i), traffic(module, run.computation, i)
-  busy = None
+  busy, kernel = None, kernel_cost(i, moved, chip, schedules)
   if collective:
     each, moved = collective_cost.seconds(collective, chip, slice_, chips), collective.bytes
   elif is_free(i) or (step and step.follows):
     each = 0.0
   elif _prefetches(module, i):
     each, busy = 0.0, moved / 2 / chip.hbm_bandwidth
+  elif kernel:
+    each = kernel.seconds
   elif i.cycles is not None and chip.clock_hz:
     each = i.cycles / chip.clock_hz
   else:
@@ -129,6 +143,7 @@ def operation_cost(
     collective=collective,
     functions=module.functions(i),
     step=step,
+    kernel=kernel,
   )
 
 

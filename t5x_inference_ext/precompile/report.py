@@ -6,6 +6,7 @@ import textwrap
 from t5x_inference_ext.precompile.analysis import Answer, Tried
 from t5x_inference_ext.precompile.estimate import Estimate
 from t5x_inference_ext.precompile.fit import Shortage
+from t5x_inference_ext.precompile.kernel_cost import READ_RATE
 from t5x_inference_ext.precompile.operations import COLLECTIVE, COPY, RELAYOUT, OperationCost
 from t5x_inference_ext.precompile.program import Program
 from t5x_inference_ext.precompile.summary import collective_rows, grouped_operations, time_bounds
@@ -28,6 +29,7 @@ def report_text(answer: Answer) -> str:
       *_time(answer),
       *_operations(found),
       *_collectives(found),
+      *_kernels(found),
       *_remarks(answer),
     ]
   return '\n'.join(lines)
@@ -160,7 +162,7 @@ def _operations(found: Estimate) -> Iterator[str]:
     seconds = sum(c.seconds for c in group)
     yield (
       f'  {milliseconds(seconds):>10} {seconds / total:4.0%}  {first.kind:9} {count:5} x '
-      f'{microseconds(seconds / max(count, 1)):>9}{" " if first.estimated else "*"} '
+      f'{microseconds(seconds / max(count, 1)):>9}{" " if first.is_priced else "*"} '
       f'{_origin(first)}{f" and {len(group) - 1} alike" if len(group) > 1 else ""}'
     )
 
@@ -185,6 +187,24 @@ def _collectives(found: Estimate) -> Iterator[str]:
       f'  {milliseconds(seconds):>10} {seconds / found.serial_seconds:4.0%}  {row["kind"]:18} '
       f'{"".join(row["axes"]) or "-":4} {count:5} x {binary_bytes(row["bytes"]):>10} '
       f'{microseconds(seconds / max(count, 1)):>9}, {milliseconds(row["hidden_seconds"])} hidden'
+    )
+
+
+def _kernels(found: Estimate) -> Iterator[str]:
+  kernels = [c for c in found.costs if c.kernel]
+  if kernels:
+    yield f'  kernels: the longer of their schedule and their memory traffic at {READ_RATE:.0%}'
+  for group in grouped_operations(kernels):
+    kernel, count = group[0].kernel, sum(c.count for c in group)
+    assert kernel is not None
+    schedule = 'schedule not known: a claim'
+    if kernel.schedule_seconds is not None:
+      schedule = f'schedule {microseconds(kernel.schedule_seconds)}'
+    seconds = sum(c.seconds for c in group)
+    yield (
+      f'  {milliseconds(seconds):>10} {seconds / found.serial_seconds:4.0%}  {kernel.name} '
+      f'{count} x {microseconds(kernel.seconds)}: {schedule}, memory '
+      f'{microseconds(kernel.memory_seconds)}'
     )
 
 

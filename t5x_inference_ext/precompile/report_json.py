@@ -50,6 +50,9 @@ def report_dict(answer: Answer) -> dict[str, Any]:
     'mfu': shares(bounds.flops),
     'share_of_weight_bound': shares(bounds.weights),
     'collectives': collective_rows(found),
+    'kernels': [
+      {'count': c.count, **dataclasses.asdict(c.kernel)} for c in found.costs if c.kernel
+    ],
     'operations': [_operation(c) for c in found.costs if c.seconds],
     'relayouts': [_relayout(w) for w in found.offending_relayouts],
     'unknown_loops': list(found.unknown_loops),

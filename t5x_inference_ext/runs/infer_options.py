@@ -9,6 +9,7 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import stack_params
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.kernel_attention import ATTENTION_KINDS
 from t5x_inference_ext.model.shardings import CACHE_DTYPES, COMPUTE_DTYPES
 from t5x_inference_ext.options import check_options, option
 from t5x_inference_ext.sharding.layout import (
@@ -125,6 +126,13 @@ class InferOptions(Conventions):
     'memory of bfloat16. By default --dtype.',
     group=_SHARDING,
     choices=CACHE_DTYPES,
+  )
+  attention: str = option(
+    'xla',
+    help='How attention reads the KV cache. kernel: a Pallas kernel for TPUs that reads filled '
+    'positions only, which pays for long contexts; for models with one key head.',
+    group=_SHARDING,
+    choices=ATTENTION_KINDS,
   )
   cache_length: int | None = option(
     None,

@@ -60,6 +60,7 @@ class InferenceModel(ShardedDecoder):
     dtype: Dtype of activations and float weights: 'float32' or 'bfloat16'.
     cache: Dtype of the KV cache: 'float32', 'bfloat16', 'int8' (with a scale for each position and
       head), or None: `dtype`.
+    attention: 'xla', or 'kernel': a Pallas kernel reads the cache (Model.attention).
     scan_layers: Whether one array holds all layers and the program loops over them. None: True only
       on CPU, for more than 8 layers.
     decode_fn: decoding.temperature_sample, decoding.beam_search, or a function that takes their
@@ -94,6 +95,7 @@ class InferenceModel(ShardedDecoder):
     decode_layout: str = 'ws_2d/batch',
     dtype: str = 'bfloat16',
     cache: str | None = None,
+    attention: str = 'xla',
     scan_layers: bool | None = None,
     decode_fn: DecodeFn = decoding.temperature_sample,
     task_feature_lengths: Mapping[str, int] | None = None,
@@ -155,6 +157,7 @@ class InferenceModel(ShardedDecoder):
       Layout.parse(decode_layout),
       dtype,
       cache,
+      attention,
     )
     inputs_length = (task_feature_lengths or {}).get('inputs')
     self._predictor: Predictor | None = None

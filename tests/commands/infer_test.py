@@ -567,7 +567,7 @@ def test_help_shows_examples_and_flags(command):
   ]
   flags = re.findall(r'^  --(\w+)', out.partition('\nRequired:')[2], re.MULTILINE)
   wanted = ['checkpoint', 'prompts', 'output', 'replay', 'max_new_tokens']
-  assert flags[:5] == wanted and len(flags) == 51
+  assert flags[:5] == wanted and len(flags) == 52
   assert max(map(len, out.splitlines())) <= 100
 
 
