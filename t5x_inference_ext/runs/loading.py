@@ -3,7 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -24,10 +24,22 @@ from t5x_inference_ext.sharding.mesh_choice import choose_mesh
 from t5x_inference_ext.speculation import parse_speculation
 
 
-def open_model(
-  options: InferOptions, say: Callable[[str], None] = print_on_main
-) -> tuple[Checkpoint, jax.sharding.Mesh]:
-  """Open the checkpoint and make the mesh. Does not read weights yet.
+class OpenModel(NamedTuple):
+  """A model whose weights are not read yet.
+
+  Attributes:
+    checkpoint: The checkpoint.
+    mesh: The mesh.
+    draft: Checkpoint of the draft model, or None.
+  """
+
+  checkpoint: Checkpoint
+  mesh: jax.sharding.Mesh
+  draft: Checkpoint | None
+
+
+def open_model(options: InferOptions, say: Callable[[str], None] = print_on_main) -> OpenModel:
+  """Open the checkpoints and make the mesh. Does not read weights yet.
 
   Raises:
     CheckpointError: There is no checkpoint, or it holds another model.
@@ -47,14 +59,15 @@ def open_model(
     mesh, source = make_mesh(choose_mesh(checkpoint.config, devices)), 'all that divide the model'
   distributed.check_mesh(mesh)
   check_model(checkpoint.config, mesh.shape)
-  if options.speculate is not None and (draft := parse_speculation(options.speculate).path):
-    open_draft_model(draft, checkpoint.config, mesh)
+  draft = None
+  if options.speculate is not None and (path := parse_speculation(options.speculate).path):
+    draft = open_draft_model(path, checkpoint.config, mesh)
   processes = f' in {jax.process_count()} processes' if jax.process_count() > 1 else ''
   say(
     f'mesh: {mesh_text(mesh)} ({source}), {mesh.size} of {len(devices)} {devices[0].platform} '
     f'devices{processes}'
   )
-  return checkpoint, mesh
+  return OpenModel(checkpoint, mesh, draft)
 
 
 def explain_layout(

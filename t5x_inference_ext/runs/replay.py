@@ -47,7 +47,8 @@ def replay(
       before weights are loaded.
   """
   with distributed.together():
-    checkpoint, mesh = loading.open_model(options, say)
+    model = loading.open_model(options, say)
+    checkpoint, mesh, _ = model
     _check_weights(receipt, checkpoint)
     request, config = receipt.request, checkpoint.config
     _check_request(request, config.vocab_size)
@@ -55,8 +56,7 @@ def replay(
     settings = choose_settings(vocabulary, checkpoint.text, config.vocab_size, needed=needed)
     Grammars(settings.vocabulary, config.vocab_size).matchers(request.grammar, 1)  # checks it
     rows, positions = len(request.seeds), len(request.tokens) + request.limit
-    cache = options.cache or options.dtype
-    memory.check_cache_fits(config, mesh, cache, min(options.batch_size, rows), positions)
+    memory.check_fits(options, model, min(options.batch_size, rows), positions)
   distributed.check_same(options=options, receipt=receipt, checkpoint=checkpoint.notes)
   engine = loading.load_engine(options, checkpoint, mesh, say)
   loading.say_compiling(engine, say)
