@@ -7,8 +7,9 @@
         --greedy_guesses --temperature 0 0.7 1
 
 Run from the root of a checkout, on one device. Each line of a file is {"chat": TEXT}, a message to
-the model, or {"prompt": TEXT}. An answer has at most --max_new_tokens tokens. After a round
-that is not measured, both sides run in turns, --rounds times. Tokens and seconds are those of the
+the model, or {"prompt": TEXT}. An answer has at most --max_new_tokens tokens. With --copies, each
+line is asked so often, with different seeds, so that requests wait for slots. After a round that is
+not measured, both sides run in turns, --rounds times. Tokens and seconds are those of the
 scheduler's steps that prefill nothing. The last column has the number of rows whose tokens differ:
 where two tokens are closer than rounding errors, a row may continue differently. With
 --greedy_guesses, the draft model is also tried with drafts of its most likely tokens, instead of
@@ -46,12 +47,14 @@ TITLES = (
 )
 
 
-def read_requests(engine: Engine, path: pathlib.Path, limit: int, temperature: float):
-  """Return a request for each line of a file."""
+def read_requests(
+  engine: Engine, path: pathlib.Path, limit: int, temperature: float, copies: int = 1
+) -> list[Request]:
+  """Return `copies` requests for each line of a file, with different seeds."""
   text, vocabulary = engine.checkpoint.text, engine.checkpoint.vocabulary
   name = lambda token: '' if token is None else vocabulary.piece(token, special=True).decode()
   requests, sampling = [], SamplingParams(temperature)
-  for i, line in enumerate(path.read_text(encoding='utf-8').splitlines()):
+  for i, line in enumerate(path.read_text(encoding='utf-8').splitlines() * copies):
     fields = json.loads(line)
     if 'chat' in fields:
       names = {'bos_token': name(text.bos_id), 'eos_token': name(text.end_ids[0])}
@@ -159,6 +162,7 @@ def main():
   parser.add_argument('--rows', nargs='+', type=int, default=[1, 8], help='Rows decoded together.')
   parser.add_argument('--speculate', nargs='+', default=['ngram:8'])
   parser.add_argument('--max_new_tokens', type=int, default=96)
+  parser.add_argument('--copies', type=int, default=1, help='Requests for each line.')
   parser.add_argument('--decode_steps', type=int, default=16, help='1 as in a server.')
   parser.add_argument('--rounds', type=int, default=2)
   parser.add_argument('--temperature', nargs='+', type=float, default=[0.0])
@@ -170,7 +174,7 @@ def main():
   print('| ' + ' | '.join(TITLES) + ' |\n' + '|---' * len(TITLES) + '|', flush=True)
   guesses = (False, True) if args.greedy_guesses else (False,)
   for path, temperature in itertools.product(args.prompts, args.temperature):
-    requests = read_requests(engine, path, args.max_new_tokens, temperature)
+    requests = read_requests(engine, path, args.max_new_tokens, temperature, args.copies)
     for slots in args.rows:
       plain = Side(engine, requests, slots, args.decode_steps, None)
       for speculate, greedy in itertools.product(args.speculate, guesses):
