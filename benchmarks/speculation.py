@@ -10,12 +10,13 @@ Run from the root of a checkout, on one device. Each line of a file is {"chat": 
 the model, or {"prompt": TEXT}. An answer has at most --max_new_tokens tokens. With --copies, each
 line is asked so often, with different seeds, so that requests wait for slots. After a round that is
 not measured, both sides run in turns, --rounds times. Tokens and seconds are those of the
-scheduler's steps that prefill nothing. The last column has the number of rows whose tokens differ:
-where two tokens are closer than rounding errors, a row may continue differently. "At most" is a
-bound on "times" for n-grams at the printed prices: no choice of the lengths of drafts, even one
-that knows the answers, and for each row alone, needs less time. With
---greedy_guesses, the draft model is also tried with drafts of its most likely tokens, instead of
-samples with the rows' noise. With --always, every step checks whole drafts, whatever that costs.
+scheduler's steps that prefill nothing. Where requests wait, these are mostly the steps of the last
+rows, and the times with prefills say more. "At most" is a bound on "times" for n-grams at the
+printed prices: no choice of the lengths of drafts needs less time, even one that knows the answers,
+for each row alone. The last column has the number of rows whose tokens differ: where two tokens are
+closer than rounding errors, a row may continue differently. With --greedy_guesses, the draft model
+is also tried with drafts of its most likely tokens, instead of samples with the rows' noise. With
+--always, every step checks whole drafts, whatever that costs.
 """
 
 import argparse
@@ -45,11 +46,13 @@ from t5x_inference_ext.engine.step_prices import StepPrices
 TITLES = (
   'prompts',
   'temperature',
+  'requests',
   'rows',
   'drafts',
   'tokens/s without',
   'with',
   'times',
+  'times, with prefills',
   'tokens a step',
   'accepted',
   'prices',
@@ -123,6 +126,7 @@ class Side:
   Attributes:
     seconds: Seconds of the steps that prefilled nothing, so far.
     generated: Tokens that these steps generated.
+    whole: Seconds of all steps.
     tokens: The tokens of each request, from the last time that it was served.
   """
 
@@ -153,7 +157,7 @@ class Side:
 
   def reset(self) -> None:
     """Forget the counts."""
-    self.seconds, self.generated, self._runs = 0.0, 0, 0
+    self.seconds, self.generated, self.whole, self._runs = 0.0, 0, 0.0, 0
     self._decoded = self.scheduler.stats.decoded
     self._before = self.scheduler.stats.drafts
 
@@ -167,6 +171,7 @@ class Side:
     while not self.scheduler.idle:
       prefilled, start = self.scheduler.stats.prefilled, time.perf_counter()
       events = self.scheduler.step()
+      self.whole += time.perf_counter() - start
       if self.scheduler.stats.prefilled == prefilled:
         self.seconds += time.perf_counter() - start
         self.generated += sum(len(event.tokens) for event in events)
@@ -220,6 +225,7 @@ def row(names: list[str], sides: list[Side], rounds: int) -> str:
     f'{without:.1f}',
     f'{drafted:.1f}',
     f'{drafted / without:.2f}',
+    f'{sides[0].whole / sides[1].whole:.2f}',
     f'{drafts.tokens_per_step:.2f}',
     f'{drafts.accepted} of {drafts.drafted}, {drafts.accepted / max(1, drafts.drafted):.0%}',
     ', '.join(f'{price:.2f}' for price in prices),
@@ -238,7 +244,7 @@ def main():
   parser.add_argument('--rows', nargs='+', type=int, default=[1, 8], help='Rows decoded together.')
   parser.add_argument('--speculate', nargs='+', default=['ngram:8'])
   parser.add_argument('--max_new_tokens', type=int, default=96)
-  parser.add_argument('--copies', type=int, default=1, help='Requests for each line.')
+  parser.add_argument('--copies', nargs='+', type=int, default=[1], help='Requests for each line.')
   parser.add_argument('--decode_steps', type=int, default=16, help='1 as in a server.')
   parser.add_argument('--rounds', type=int, default=2)
   parser.add_argument('--temperature', nargs='+', type=float, default=[0.0])
@@ -250,8 +256,8 @@ def main():
   print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}, {args}')
   print('| ' + ' | '.join(TITLES) + ' |\n' + '|---' * len(TITLES) + '|', flush=True)
   guesses = (False, True) if args.greedy_guesses else (False,)
-  for path, temperature in itertools.product(args.prompts, args.temperature):
-    requests = read_requests(engine, path, args.max_new_tokens, temperature, args.copies)
+  for path, temperature, copies in itertools.product(args.prompts, args.temperature, args.copies):
+    requests = read_requests(engine, path, args.max_new_tokens, temperature, copies)
     for slots in args.rows:
       plain = Side(engine, requests, slots, args.decode_steps, None)
       for speculate, greedy in itertools.product(args.speculate, guesses):
@@ -260,7 +266,8 @@ def main():
         )
         note = ', greedy guesses' if greedy else ''
         kind = speculate.split(':')
-        names = [path.name, f'{temperature:g}', str(slots), f'{kind[0]}:{kind[-1]}{note}']
+        size = str(len(requests))
+        names = [path.name, f'{temperature:g}', size, str(slots), f'{kind[0]}:{kind[-1]}{note}']
         print(row(names, [plain, side], args.rounds), flush=True)
 
 
