@@ -133,12 +133,11 @@ def open_draft_model(path: str, config: ModelConfig, mesh: Mesh) -> Checkpoint:
   return checkpoint
 
 
-def load_draft_model(path: str, most: int, model: Model) -> tuple[DraftModel, Weights]:
+def load_draft_model(path: str, model: Model) -> tuple[Model, Weights]:
   """Load a draft model onto the mesh of `model`, with the layouts and dtypes of `model`.
 
   Args:
     path: A checkpoint of any format.
-    most: Maximum number of tokens of a draft.
     model: The model that gets the drafts.
 
   Raises:
@@ -148,4 +147,4 @@ def load_draft_model(path: str, most: int, model: Model) -> tuple[DraftModel, We
   draft = dataclasses.replace(model, config=checkpoint.config)
   platform = model.mesh.devices.flat[0].platform
   stacked = scans_layers(checkpoint.config.num_layers, None, platform)
-  return DraftModel(draft, most), load_weights(checkpoint, draft, stacked=stacked)
+  return draft, load_weights(checkpoint, draft, stacked=stacked)

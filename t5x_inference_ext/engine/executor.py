@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from t5x_inference_ext.engine import programs
-from t5x_inference_ext.engine.open_drafter import open_drafter
+from t5x_inference_ext.engine.open_drafter import Drafters, OpenDrafter
 from t5x_inference_ext.engine.prefix_store import BlockCopies, blocks_for, bytes_per_block
 from t5x_inference_ext.engine.prompts import prompt_room
 from t5x_inference_ext.engine.sampling import SamplingParams
@@ -102,12 +102,19 @@ class DeviceExecutor:
     model: Decides mesh and layouts.
     weights: Weights on that mesh.
     config: Sizes that the programs are compiled for.
+    drafter: Drafter of config.speculate, if it is open already; None: it is opened here.
 
   Raises:
     UserError: The draft model of the config can't be used.
   """
 
-  def __init__(self, model: Model, weights: Weights, config: SchedulerConfig) -> None:
+  def __init__(
+    self,
+    model: Model,
+    weights: Weights,
+    config: SchedulerConfig,
+    drafter: OpenDrafter | None = None,
+  ) -> None:
     self._model, self._weights, self._config = model, weights, config
     self.shards = page_shards(model, config.slots)
     # XLA:CPU runs collectives of many devices on few threads. If two programs run at the same time,
@@ -126,7 +133,7 @@ class DeviceExecutor:
     any_row = slot_row(
       SamplingParams(), model.config.vocab_size, seed=0, limit=1, top_width=config.top_log_probs
     )
-    self._drafter, self._draft_weights = open_drafter(config.speculate, model)
+    self._drafter, self._draft_weights = drafter or Drafters(model).open(config.speculate)
     self._slots = programs.empty_slots(
       model,
       weights,

@@ -5,6 +5,7 @@ logits of all of them. If each draft token is right with probability a, given th
 are, the step gives a row 1 + a + ... + a^K tokens. The time of making drafts is not included.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 
@@ -87,9 +88,8 @@ def checking_steps(plan: Plan, most: int) -> list[CheckingStep]:
   ]
 
 
-def drafts_text(plan: Plan, most: int) -> str:
+def drafts_text(steps: Sequence[CheckingStep]) -> str:
   """Return a table of steps that check drafts, and a sentence that says where they pay."""
-  steps = checking_steps(plan, most)
   rows = [['draft', 'a step', 'times', 'pays from', *(f'at {a:g}' for a in ACCEPTANCES)]]
   for step in steps:
     pays = step.break_even
@@ -103,7 +103,7 @@ def drafts_text(plan: Plan, most: int) -> str:
       ]
     )
   paying = [step for step in steps if step.break_even is not None]
-  text = f'drafts: a plain step takes {milliseconds(plan.decode.seconds)}. '
+  text = f'drafts: a plain step takes {milliseconds(steps[0].plain)}. '
   if not paying:
     text += 'Checking drafts never pays here: a step takes more times as long than it can give.'
   else:
@@ -116,7 +116,7 @@ def drafts_text(plan: Plan, most: int) -> str:
   return '\n'.join(['', *wrap(text), *table(rows)])
 
 
-def drafts_dict(plan: Plan, most: int) -> list[dict[str, float | None]]:
+def drafts_dict(steps: Sequence[CheckingStep]) -> list[dict[str, float | None]]:
   """Return the numbers of drafts_text, JSON-ready."""
   return [
     {
@@ -126,5 +126,5 @@ def drafts_dict(plan: Plan, most: int) -> list[dict[str, float | None]]:
       'break_even': step.break_even,
       **{f'seconds_per_token_at_{a:g}': step.seconds_per_token(a) for a in ACCEPTANCES},
     }
-    for step in checking_steps(plan, most)
+    for step in steps
   ]

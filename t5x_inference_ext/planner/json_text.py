@@ -11,20 +11,20 @@ from typing import Any
 from t5x_inference_ext.planner.check import Checked
 from t5x_inference_ext.planner.choose import Choice
 from t5x_inference_ext.planner.costs import PassCost
-from t5x_inference_ext.planner.drafts import drafts_dict
+from t5x_inference_ext.planner.drafts import CheckingStep, drafts_dict
 from t5x_inference_ext.planner.report import paper_convention, why
 from t5x_inference_ext.planner.request import Plan
 
 
 def choice_dict(
-  choice: Choice, checked: Sequence[Checked] = (), speculate: int | None = None
+  choice: Choice, checked: Sequence[Checked] = (), steps: Sequence[CheckingStep] = ()
 ) -> dict[str, Any]:
   """Return every number of a choice and of its compiled phases, JSON-ready.
 
   Args:
     choice: The choice.
     checked: Its compiled phases.
-    speculate: Most tokens of a draft; None: without the steps that check drafts.
+    steps: Its steps that check drafts.
   """
   r, machine = choice.plan.request, choice.plan.machine
   return {
@@ -57,7 +57,7 @@ def choice_dict(
       }
       for c in checked
     ],
-    **({} if speculate is None else {'drafts': drafts_dict(choice.plan, speculate)}),
+    **({'drafts': drafts_dict(steps)} if steps else {}),
   }
 
 
@@ -113,6 +113,8 @@ def phase_dict(plan: Plan, cost: PassCost) -> dict[str, Any]:
   }
 
 
-def plan_json(choice: Choice, checked: Sequence[Checked] = (), speculate: int | None = None) -> str:
+def plan_json(
+  choice: Choice, checked: Sequence[Checked] = (), steps: Sequence[CheckingStep] = ()
+) -> str:
   """Return a choice as the text of a JSON file; see choice_dict for the arguments."""
-  return json.dumps(choice_dict(choice, checked, speculate), indent=2) + '\n'
+  return json.dumps(choice_dict(choice, checked, steps), indent=2) + '\n'

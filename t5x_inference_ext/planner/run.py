@@ -187,14 +187,14 @@ def _write_choice(
   write: Callable[[str], None],
 ) -> None:
   """Print the report, compile the plan if asked to, and write its files."""
-  draft_prices = drafts.drafts_text(choice.plan, speculate) if speculate is not None else None
+  steps = drafts.checking_steps(choice.plan, speculate) if speculate is not None else ()
   if gin_output:  # before compiling, to fail early if a file can't be written
     gin = gin_text.gin_text(choice.plan)
   if check:
     checks.refuse_unchecked(choice.plan)
   write(report.plan_text(choice))
-  if draft_prices is not None:
-    write(draft_prices)
+  if steps:
+    write(drafts.drafts_text(steps))
   checked: tuple[checks.Checked, ...] = ()
   if check:
     checked = checks.check_plan(choice.plan, lambda text: _say(f'{text} ...'))
@@ -203,7 +203,7 @@ def _write_choice(
     write_text(gin_output, gin)
     write(f'gin: {gin_output}')
   if json_file:
-    write_text(json_file, json_text.plan_json(choice, checked, speculate))
+    write_text(json_file, json_text.plan_json(choice, checked, steps))
     write(f'every number as JSON: {json_file}')
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -23,8 +23,22 @@ from t5x_inference_ext.sharding.mesh_choice import choose_mesh
 from t5x_inference_ext.speculation import parse_speculation
 
 
-def open_model(options: InferOptions) -> tuple[Checkpoint, jax.sharding.Mesh]:
-  """Open the checkpoint and make the mesh. Does not read weights yet.
+class OpenModel(NamedTuple):
+  """A model whose weights are not read yet.
+
+  Attributes:
+    checkpoint: The checkpoint.
+    mesh: The mesh.
+    draft: Checkpoint of the draft model, or None.
+  """
+
+  checkpoint: Checkpoint
+  mesh: jax.sharding.Mesh
+  draft: Checkpoint | None
+
+
+def open_model(options: InferOptions) -> OpenModel:
+  """Open the checkpoints and make the mesh. Does not read weights yet.
 
   Raises:
     CheckpointError: There is no checkpoint, or it holds another model.
@@ -44,14 +58,15 @@ def open_model(options: InferOptions) -> tuple[Checkpoint, jax.sharding.Mesh]:
     mesh, source = make_mesh(choose_mesh(checkpoint.config, devices)), 'all that divide the model'
   distributed.check_mesh(mesh)
   check_model(checkpoint.config, mesh.shape)
-  if options.speculate is not None and (draft := parse_speculation(options.speculate).path):
-    open_draft_model(draft, checkpoint.config, mesh)
+  draft = None
+  if options.speculate is not None and (path := parse_speculation(options.speculate).path):
+    draft = open_draft_model(path, checkpoint.config, mesh)
   processes = f' in {jax.process_count()} processes' if jax.process_count() > 1 else ''
   print_on_main(
     f'mesh: {mesh_text(mesh)} ({source}), {mesh.size} of {len(devices)} {devices[0].platform} '
     f'devices{processes}'
   )
-  return checkpoint, mesh
+  return OpenModel(checkpoint, mesh, draft)
 
 
 def explain_layout(options: InferOptions, prompt_length: int) -> None:

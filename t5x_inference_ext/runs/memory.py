@@ -1,43 +1,77 @@
-"""Check before weights are loaded that a run's KV cache can fit into memory."""
+"""Check before weights are loaded that weights and KV caches of a run can fit into memory."""
 
 import os
+from typing import NamedTuple
 
 import jax
 
-from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.checkpoints import Checkpoint
+from t5x_inference_ext.errors import RequestError, printable
+from t5x_inference_ext.runs.infer_options import InferOptions
+from t5x_inference_ext.runs.loading import OpenModel
 from t5x_inference_ext.text_format import decimal_bytes
 
 _FLOAT_BYTES = {'float32': 4, 'bfloat16': 2}
 _SCALE_BYTES = 4  # an int8 cache has a scale for each position and head
 
 
-def check_cache_fits(
-  config: ModelConfig, mesh: jax.sharding.Mesh, cache_dtype: str, rows: int, positions: int
-) -> None:
-  """Raise RequestError if the cache of `rows` rows is larger than the memory of all devices.
+class HeldMemory(NamedTuple):
+  """Bytes that a model holds on all devices together, at least: padding and copies come on top."""
 
-  A cache that passes may still not fit beside weights and activations; the device then raises an
-  error. On a CPU there is no such error: without this check, the system would kill the process.
+  weights: int
+  cache: int
+
+
+def held_memory(
+  checkpoint: Checkpoint, options: InferOptions, rows: int, positions: int
+) -> HeldMemory:
+  """Return the bytes of a model's weights and KV cache.
 
   Args:
-    config: Shape of the model.
-    mesh: The devices.
-    cache_dtype: Dtype of the KV cache.
+    checkpoint: The model.
+    options: Give the dtypes.
     rows: Rows decoded together.
     positions: Positions of each row's cache.
   """
-  if cache_dtype == 'int8':
+  config, cache = checkpoint.config, options.cache or options.dtype
+  if cache == 'int8':
     head_bytes = config.d_head + _SCALE_BYTES
   else:
-    head_bytes = config.d_head * _FLOAT_BYTES[cache_dtype]
-  needed = 2 * config.num_layers * config.num_kv_heads * head_bytes * rows * positions
-  memory = _memory(mesh)
+    head_bytes = config.d_head * _FLOAT_BYTES[cache]
+  heads = 2 * config.num_layers * config.num_kv_heads
+  weight_bytes = 1 if checkpoint.weights == 'int8' else _FLOAT_BYTES[options.dtype]
+  return HeldMemory(config.num_params * weight_bytes, heads * head_bytes * rows * positions)
+
+
+def check_fits(options: InferOptions, model: OpenModel, rows: int, positions: int) -> None:
+  """Raise RequestError if weights and cache need more than the memory of all devices.
+
+  Those of a draft model count, too. A run that passes may still not fit beside activations; the
+  device then raises an error. On a CPU there is no such error: without this check, the system would
+  kill the process.
+
+  Args:
+    options: Options of the run.
+    model: The model, and its draft model.
+    rows: Rows decoded together.
+    positions: Positions of each row's cache.
+  """
+  held = held_memory(model.checkpoint, options, rows, positions)
+  needed, memory, draft = sum(held), _memory(model.mesh), ''
+  if model.draft is not None:
+    drafting = held_memory(model.draft, options, rows, positions)
+    needed += sum(drafting)
+    draft = (
+      f', the draft model {printable(model.draft.path)} {decimal_bytes(drafting.cache)} beside '
+      f'{decimal_bytes(drafting.weights)}'
+    )
   if needed > memory:
+    smaller = 'a smaller draft model, ' if model.draft is not None else ''
     raise RequestError(
       f'too little memory: a cache of {rows} rows with {positions} positions each needs '
-      f'{decimal_bytes(needed)}, and the devices have {decimal_bytes(memory)}: take a smaller '
-      'batch_size, fewer new tokens, shorter prompts or more devices'
+      f'{decimal_bytes(held.cache)} beside weights of {decimal_bytes(held.weights)}{draft}, and '
+      f'the devices have {decimal_bytes(memory)}: take {smaller}a smaller batch_size, fewer new '
+      'tokens, shorter prompts or more devices'
     )
 
 

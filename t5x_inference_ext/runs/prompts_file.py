@@ -48,7 +48,8 @@ def prepare(
     output.check_output(files.output, overwrite=files.overwrite, source=files.prompts)
     check_journal_path(_journal_path(files.output))
     rows = prompt_rows.read_rows(files.prompts, score=scoring)
-    checkpoint, mesh = loading.open_model(options)
+    model = loading.open_model(options)
+    checkpoint, mesh, _ = model
     rows_of_model = checkpoint.config.vocab_size
     text = choose_settings(
       files.vocabulary,
@@ -68,10 +69,9 @@ def prepare(
     )
     if not scoring:
       samples = options.num_decodes * len(rows)
-      memory.check_cache_fits(
-        checkpoint.config,
-        mesh,
-        options.cache or options.dtype,
+      memory.check_fits(
+        options,
+        model,
         min(options.batch_size, samples),
         options.cache_length
         or max(len(row.prompt) + row.options.max_new_tokens for row in tokenized),

@@ -40,7 +40,8 @@ def replay(receipt: Receipt, options: InferOptions, vocabulary: str | None = Non
       before weights are loaded.
   """
   with distributed.together():
-    checkpoint, mesh = loading.open_model(options)
+    model = loading.open_model(options)
+    checkpoint, mesh, _ = model
     _check_weights(receipt, checkpoint)
     request, config = receipt.request, checkpoint.config
     _check_request(request, config.vocab_size)
@@ -48,8 +49,7 @@ def replay(receipt: Receipt, options: InferOptions, vocabulary: str | None = Non
     settings = choose_settings(vocabulary, checkpoint.text, config.vocab_size, needed=needed)
     Grammars(settings.vocabulary, config.vocab_size).matchers(request.grammar, 1)  # checks it
     rows, positions = len(request.seeds), len(request.tokens) + request.limit
-    cache = options.cache or options.dtype
-    memory.check_cache_fits(config, mesh, cache, min(options.batch_size, rows), positions)
+    memory.check_fits(options, model, min(options.batch_size, rows), positions)
   distributed.check_same(options=options, receipt=receipt, checkpoint=checkpoint.notes)
   engine = loading.load_engine(options, checkpoint, mesh)
   loading.say_compiling(engine)

@@ -116,7 +116,7 @@ def infer(
       feature = 'targets' if run.mode == 'score' else 'inputs'
       loading.explain_layout(run, task_feature_lengths[feature])
       return
-    checkpoint, mesh = loading.open_model(run)
+    checkpoint, mesh, _ = loading.open_model(run)
     tasks.check_vocabularies(source, found, checkpoint.config.vocab_size)
     check_vocab_size(run, checkpoint.config.vocab_size)
     for task in found:

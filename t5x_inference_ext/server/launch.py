@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 
 from t5x_inference_ext import distributed
-from t5x_inference_ext.checkpoints import Checkpoint
 from t5x_inference_ext.compilation_cache import CacheOptions, use_compilation_cache
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.engine import Engine
@@ -65,10 +64,11 @@ def run_server(
     with distributed.together():
       keys = read_keys(server)
       listener = stack.enter_context(bind(server)) if distributed.is_main() else None
-      checkpoint, mesh = loading.open_model(model)
+      opened = loading.open_model(model)
+      checkpoint, mesh, _ = opened
       vocab_size = checkpoint.config.vocab_size
       settings = choose_settings(server.vocabulary, checkpoint.text, vocab_size, needed=False)
-      _check_sizes(model, server, checkpoint, mesh)
+      _check_sizes(model, server, opened)
     distributed.check_same(options=(model, server), checkpoint=checkpoint.notes)
     print_on_main(f'vocabulary: {settings}')
     if settings.chat is None:
@@ -168,15 +168,11 @@ def _serve(service: Service, listener: socket.socket) -> None:
     os._exit(int(driver.error is not None))
 
 
-def _check_sizes(
-  model: InferOptions, server: ServerOptions, checkpoint: Checkpoint, mesh: jax.sharding.Mesh
-) -> None:
-  """Raise RequestError if max_length or the cache exceeds the model's positions or the memory."""
-  most = checkpoint.config.num_positions
+def _check_sizes(model: InferOptions, server: ServerOptions, opened: loading.OpenModel) -> None:
+  """Raise RequestError if max_length exceeds the model's positions, or the run the memory."""
+  most = opened.checkpoint.config.num_positions
   if most is not None and server.max_length > most:
     raise RequestError(
       f'max_length={server.max_length} is more than the {most} positions of this model: lower it'
     )
-  memory.check_cache_fits(
-    checkpoint.config, mesh, model.cache or model.dtype, model.batch_size, server.max_length
-  )
+  memory.check_fits(model, opened, model.batch_size, server.max_length)

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.engine import scheduler_config
+from t5x_inference_ext.engine.executor import DeviceExecutor
+from t5x_inference_ext.engine.open_drafter import Drafters
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
@@ -77,7 +79,8 @@ class Refill:
 class Predictor:
   """Predicts batches with one scheduler.
 
-  A batch with longer sequences or other parameters gets a new scheduler.
+  It makes a new scheduler for a batch with longer sequences or other parameters. All of its
+  schedulers use one copy of a draft model's weights.
 
   Args:
     model: Decides mesh and layouts.
@@ -88,6 +91,7 @@ class Predictor:
 
   def __init__(self, model: Model, refill: Refill, eos_id: int, bos_id: int | None) -> None:
     self._model, self._refill, self._eos_id, self._bos_id = model, refill, eos_id, bos_id
+    self._drafters = Drafters(model)
     self._scheduler: Scheduler | None = None
     self._params: Params | None = None  # the parameters that the scheduler was made with
 
@@ -176,7 +180,9 @@ class Predictor:
     )
     known = self._params is params and self._scheduler is not None
     if self._scheduler is None or not known or not self._scheduler.config.covers(config):
-      self._scheduler = Scheduler(self._model, weights_from_params(params), config)
+      model, weights = self._model, weights_from_params(params)
+      runs = DeviceExecutor(model, weights, config, self._drafters.open(config.speculate))
+      self._scheduler = Scheduler(model, weights, config, executor=runs)
       self._params = params
     return self._scheduler
 

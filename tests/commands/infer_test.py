@@ -711,6 +711,23 @@ def test_more_memory_than_there_is(complaint, flags):
   assert re.search(r'too little memory: a cache of \d+ rows .* and the devices have', error)
 
 
+def test_memory_counts_a_draft_model(complaint, palm_tiny, monkeypatch):
+  """8 MB of bfloat16 weights fit into 10 MB, and those of a draft model not beside them."""
+  prompt, flags = '{"prompt": "a"}\n', ('--mesh=1x1x1', '--max_new_tokens=9')
+  monkeypatch.setattr(memory, '_memory', lambda mesh: 10_000_000)
+  error = complaint(prompt, *flags, f'--speculate=draft:{palm_tiny}:4')
+  assert re.search(
+    r'a cache of 1 rows with 10 positions each needs [\d.]+ [kM]?B beside weights of 7.7 MB, the '
+    rf'draft model {re.escape(str(palm_tiny))} [\d.]+ [kM]?B beside 7.7 MB, and the devices have '
+    '10.0 MB: take a smaller draft model, ',
+    error,
+  )
+  with pytest.raises(AssertionError, match='weights were loaded'):
+    complaint(prompt, *flags)
+  monkeypatch.setattr(memory, '_memory', lambda mesh: 7_000_000)
+  assert 'beside weights of 7.7 MB, and the devices have 7.0 MB' in complaint(prompt, *flags)
+
+
 def test_memory_that_runs_out_later(command, palm_tiny, tmp_path, monkeypatch):
   """A device's own error is one sentence, too."""
   prompts = _write(tmp_path / 'prompts.jsonl', [{'prompt': 'a'}])

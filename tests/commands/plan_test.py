@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
 from t5x_inference_ext import config
 from t5x_inference_ext.commands import infer, precompile
 from t5x_inference_ext.commands import plan as command
-from t5x_inference_ext.planner import choose
+from t5x_inference_ext.planner import choose, drafts
 from t5x_inference_ext.planner.advice import NothingFits
 from t5x_inference_ext.planner.gin_text import gin_text
 from t5x_inference_ext.planner.machine import Machine
@@ -48,11 +49,14 @@ def run(*argv: str) -> int:
   return command.run(['plan', *argv])
 
 
-def test_it_says_where_drafts_pay(capsys, tmp_path):
+def test_it_says_where_drafts_pay(capsys, tmp_path, monkeypatch):
+  priced = mock.Mock(side_effect=drafts.checking_steps)  # once for the text and the file
+  monkeypatch.setattr(drafts, 'checking_steps', priced)
   path = tmp_path / 'plan.json'
   assert run(*TINY, '--speculate=4', f'--json={path}') == 0
   assert 'draft  ' in capsys.readouterr().out
   assert [step['draft'] for step in json.loads(path.read_text())['drafts']] == [1, 2, 4]
+  assert priced.call_count == 1
   assert run(*TINY, '--speculate=4', '--phase=prefill') == 2
   assert 'speculate is for decode steps' in capsys.readouterr().err
   assert run(*TINY, '--speculate=4', '--rate=1') == 2

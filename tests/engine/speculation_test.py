@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_inference_ext.engine import drafting, executor, programs
+from t5x_inference_ext.engine import drafting, open_drafter, programs
 from t5x_inference_ext.engine.draft_model import CATCH_UP_TOKENS, DraftModel, load_draft_model
 from t5x_inference_ext.engine.drafting import Outlook
+from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.executor import DeviceExecutor
 from t5x_inference_ext.engine.ngram_drafts import NgramDrafter
+from t5x_inference_ext.engine.open_drafter import OpenDrafter
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
@@ -79,9 +82,9 @@ def scheduler(
   sizes = {**SIZES, **sizes}
   speculate = prices and Speculation('ngram', MOST)
   config = SchedulerConfig(**{'end_ids': (1,), 'speculate': speculate, **sizes})
-  opened = (drafter, weights) if prices else (None, None)
-  with mock.patch.object(executor, 'open_drafter', lambda *_: opened):
-    core = Scheduler(found.model, found.weights, config, vocabulary=vocabulary)
+  opened = OpenDrafter(drafter, weights) if prices else None
+  runs = DeviceExecutor(found.model, found.weights, config, opened)
+  core = Scheduler(found.model, found.weights, config, vocabulary=vocabulary, executor=runs)
   if prices is not None:
     core._decoder._prices = fixed(prices)
   return core
@@ -242,7 +245,27 @@ def test_another_draft_model_changes_no_token():
 def test_a_draft_model_of_another_vocabulary_is_refused(testdata):
   path = str(testdata / 'palm_unscanned' / 'checkpoint_0')
   with pytest.raises(RequestError, match=f'{path} has a vocabulary of 384 tokens, and the model'):
-    load_draft_model(path, MOST, engine().model)
+    load_draft_model(path, engine().model)
+
+
+def test_an_engine_reads_a_draft_model_once(palm_tiny):
+  """Also if rows get longer, drafts shorter, or other drafts come between."""
+  found, prompt = Engine.load(palm_tiny, mesh='1x1x1', dtype='float32'), [list(b'of the')]
+  loaded = mock.Mock(side_effect=load_draft_model)
+  tokens, schedulers = set(), []
+  with mock.patch.object(open_drafter, 'load_draft_model', loaded):
+    for speculate, length in [
+      (f'draft:{palm_tiny}:3', 32),
+      (f'draft:{palm_tiny}:3', 64),
+      ('ngram:2', 64),
+      (f'draft:{palm_tiny}:2', 64),
+    ]:
+      options = dict(slots=1, max_length=length, speculate=speculate)
+      (samples,) = found.complete(prompt, max_new_tokens=12, **options)
+      tokens.add(tuple(samples[0].tokens))
+      schedulers.append(found.core.streams(**options).scheduler)
+  assert loaded.call_count == 1 and len(tokens) == 1
+  assert len(set(map(id, schedulers))) == 4
 
 
 def longest_match(tokens, last, longest):

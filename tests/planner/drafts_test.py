@@ -62,10 +62,11 @@ def test_all_positions_have_logits():
 
 
 def test_the_report_says_where_drafts_pay():
-  text = drafts.drafts_text(plan(8), 8)
+  steps = drafts.checking_steps(plan(8), 8)
+  text = drafts.drafts_text(steps)
   assert 'Checking 1 pays from an acceptance of 0.0' in text
   assert [line.split()[0] for line in text.splitlines()[-4:]] == ['1', '2', '4', '8']
-  found = drafts.drafts_dict(plan(8), 8)
+  found = drafts.drafts_dict(steps)
   assert [step['draft'] for step in found] == [1, 2, 4, 8]
   assert found[3]['seconds_per_token_at_0.65'] < found[3]['seconds']
 

@@ -1,0 +1,119 @@
+"""Steps that check drafts, compiled for a TPU slice: milliseconds a token, by acceptance. No TPU.
+
+    python -m benchmarks.verify_compile --model=palm_540b --slice=v4:4x4x4 --rows 1 8 64
+    python -m benchmarks.verify_compile --model=palm_540b --slice=v4:4x4x4 --draft_model=palm_8b
+
+For each number of rows and of draft tokens, the model is compiled twice with few layers, and the
+time of all layers extrapolated from the two serial estimates of `python -m
+t5x_inference_ext.precompile`: everything in sequence, nothing overlapped. A draft of 0 is a plain
+decode step. The most likely token after each position is chosen; the choice by temperature,
+penalties and ends is left out. A draft token is right with a fixed probability, given that those
+before it are. With --draft_model, a step includes a decode step of that model for each draft token,
+on the same slice with the same dtype of weights. Needs libtpu.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import os
+
+os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported: nothing is computed here
+
+from t5x_inference_ext.config import preset  # noqa: E402
+from t5x_inference_ext.errors import UserError  # noqa: E402
+from t5x_inference_ext.planner.drafts import ACCEPTANCES, tokens_of_step  # noqa: E402
+from t5x_inference_ext.precompile.analysis import analyze  # noqa: E402
+
+FEW_LAYERS = 2, 4
+TITLES = ('rows', 'draft', 'ms a step', 'of which drafts', 'times')
+
+
+def extrapolated(first: float, second: float, layers: int) -> float:
+  """Return the time of all layers, from the times of FEW_LAYERS[0] and FEW_LAYERS[1] layers."""
+  few, more = FEW_LAYERS
+  return first + (second - first) / (more - few) * (layers - few)
+
+
+@functools.cache
+def step_seconds(
+  model: str, weights: str, slice_name: str, layout: str, rows: int, draft: int, context: int
+) -> float:
+  """Return the estimate of a step that checks `draft` tokens of each row; 0: a plain decode step.
+
+  Args:
+    model: Name of a preset.
+    weights: Dtype of the weights.
+    slice_name: The slice, such as 'v4:4x4x4'.
+    layout: Layout of the step.
+    rows: Rows decoded together.
+    draft: Number of draft tokens.
+    context: Positions of each row's cache.
+  """
+  config = preset(model)
+  case = dict(phase='verify', prompt=draft + 1) if draft else dict(phase='decode')
+
+  def seconds(layers: int) -> float:
+    answer = analyze(
+      dataclasses.replace(config, num_layers=layers),
+      weights,
+      slice_name,
+      batch=rows,
+      context=context,
+      layout=layout,
+      scan_layers=False,
+      **case,
+    )
+    return answer.compiled[1].serial_seconds
+
+  return extrapolated(*map(seconds, FEW_LAYERS), config.num_layers)
+
+
+def table_row(rows: int, draft: int, step: float, drafts: float, plain: float) -> str:
+  """Return a row of the table.
+
+  Args:
+    rows: Rows decoded together.
+    draft: Number of draft tokens.
+    step: Seconds of a step, with its drafts.
+    drafts: Seconds of these drafts.
+    plain: Seconds of a plain step.
+  """
+  cells = [rows, draft, f'{step * 1e3:.2f}', f'{drafts * 1e3:.2f}', f'{step / plain:.2f}']
+  cells += [f'{step * 1e3 / tokens_of_step(a, draft):.2f}' for a in ACCEPTANCES]
+  return '| ' + ' | '.join(map(str, cells)) + ' |'
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--model', default='palm_540b')
+  parser.add_argument('--weights', default='int8', choices=('int8', 'bfloat16'))
+  parser.add_argument('--slice', default='v4:4x4x4')
+  parser.add_argument('--layout', default='ws_2d/batch')
+  parser.add_argument('--rows', nargs='+', type=int, default=[1, 8, 64])
+  parser.add_argument('--drafts', nargs='+', type=int, default=[1, 2, 4, 8, 16])
+  parser.add_argument('--context', type=int, default=2048)
+  parser.add_argument('--draft_model', help='A preset. By default drafts cost nothing.')
+  args = parser.parse_args()
+  titles = [*TITLES, *(f'ms a token at {a:g}' for a in ACCEPTANCES)]
+  print(f'{args.model} {args.weights} {args.slice} {args.layout}, context {args.context}', end=', ')
+  print(f'extrapolated from {FEW_LAYERS[0]} and {FEW_LAYERS[1]} layers')
+  print('| ' + ' | '.join(titles) + ' |\n' + '|---' * len(titles) + '|', flush=True)
+
+  def seconds(model: str, rows: int, draft: int) -> float:
+    return step_seconds(model, args.weights, args.slice, args.layout, rows, draft, args.context)
+
+  try:
+    for rows, draft in itertools.product(args.rows, (0, *args.drafts)):
+      plain = seconds(args.model, rows, 0)
+      drafts = draft * seconds(args.draft_model, rows, 0) if args.draft_model and draft else 0.0
+      step = seconds(args.model, rows, draft) + drafts
+      print(table_row(rows, draft, step, drafts, plain), flush=True)
+  except UserError as error:
+    raise SystemExit(f'error: {error}') from error
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,19 @@
+"""The bound of the benchmark of drafts."""
+
+from benchmarks.speculation import least_time, right_tokens
+from t5x_inference_ext.engine.ngram_drafts import NgramDrafter
+
+
+def test_right_tokens_follow_the_longest_match():
+  """After 7 8 came 9 5; later 9 6. Each answer continues a match, or no token of it."""
+  prompt, answer = [1, 7, 8, 9, 5, 3], [7, 8, 9, 6, 4]
+  # After 7: 8 9 of the draft 8 9 5. After 7 8: 9. After 9: not 5. After 6, no match.
+  assert right_tokens(NgramDrafter(3), prompt, answer) == [2, 1, 0, 0]
+
+
+def test_a_row_that_knows_its_answer_takes_the_cheapest_steps():
+  """Four tokens are left, of which a draft has two right: one step of them and two plain ones."""
+  assert least_time([2, 1, 0, 0], (0, 3), (1.0, 1.5)) == 2.5
+  assert least_time([2, 1, 0, 0], (0, 3), (1.0, 9.0)) == 4
+  assert least_time([3, 0, 0, 0], (0, 1, 3), (1.0, 1.1, 1.2)) == 1.2
+  assert least_time([], (0, 3), (1.0, 1.5)) == 0
