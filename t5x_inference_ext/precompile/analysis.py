@@ -97,7 +97,7 @@ def analyze(
 
   Args:
     model: ModelConfig. The model.
-    weights: str. 'int8' or 'bfloat16'.
+    weights: str. 'int8', 'int4' or 'bfloat16'.
     slice_name: str. The slice, such as 'v4:4x4x4'.
     phase: str. One of phases.COMPILE_PHASES.
     batch: int. B.
