@@ -31,6 +31,8 @@ class Chip:
     int8_ops: Peak rate of int8 matrix products, operations per second.
     hbm_bytes: Size of the memory in bytes.
     hbm_bandwidth: Bytes per second between memory and chip.
+    int4_load_bytes: Bytes whose reading takes as long as a product of few rows takes for each int4
+      weight. 1 on v4, where XLA unpacks int4 as slowly as it reads int8 (docs/precompile.md).
     compiler_hbm_bytes: Bytes that the TPU compiler lets a program use, from its out-of-memory
       message; None for GPUs.
     cores: Number of cores that one program uses at once.
@@ -55,6 +57,7 @@ class Chip:
   int8_ops: float
   hbm_bytes: float
   hbm_bandwidth: float
+  int4_load_bytes: float = 0.5
   compiler_hbm_bytes: float | None = None
   cores: int = 1
   torus: int = 0
@@ -94,6 +97,7 @@ _CHIPS = (
     int8_ops=275e12,
     hbm_bytes=32 * _GIB,
     hbm_bandwidth=1200e9,
+    int4_load_bytes=1.0,
     compiler_hbm_bytes=30.75 * _GIB,
     cores=2,
     torus=3,

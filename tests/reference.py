@@ -24,17 +24,27 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
   return tensors
 
 
-def quantized(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Return the int8 model nearest to `tensors`: int8 matrices and their scales."""
+def quantized(
+  config: ModelConfig, tensors: dict[str, np.ndarray], weights: str = 'int8'
+) -> dict[str, np.ndarray]:
+  """Return the model nearest to `tensors` in 'int8' or 'int4': matrices and their scales.
+
+  'int4,NAME:8,...' has some matrices in int8.
+  """
+  bits, *exceptions = weights.removeprefix('int').split(',')
+  wider = {each.removesuffix(':8') for each in exceptions}
   groups = {}
   for name, p in params.parameters(config).items():
     if p.scale:
       groups.setdefault(p.scale, []).append(name)
   out = dict(tensors)
   for scale, names in groups.items():
-    out[scale] = np.max([np.abs(tensors[n]).max(axis=1) for n in names], axis=0) / 127  # [L, out]
+    is_int8 = bits == '8' or wider >= set(names)
+    largest = np.max([np.abs(tensors[n]).max(axis=1) for n in names], axis=0)  # [L, out]
+    out[scale] = largest / (127 if is_int8 else 7)
     for n in names:
-      out[n] = np.round(tensors[n] / out[scale][:, None, :]).astype(np.int8)
+      units = np.round(tensors[n] / out[scale][:, None, :])
+      out[n] = units.astype(np.int8 if is_int8 else ml_dtypes.int4)
   return out
 
 
@@ -282,4 +292,10 @@ class MemoryCheckpoint:
 
   @property
   def weights(self):
-    return str(self.tensors['query'].array.dtype)
+    usual = self.tensors['query'].array.dtype
+    wider = [
+      f'{name}:8'
+      for name, tensor in sorted(self.tensors.items())
+      if usual.name == 'int4' and tensor.array.dtype == np.int8
+    ]
+    return ','.join([usual.name, *wider])

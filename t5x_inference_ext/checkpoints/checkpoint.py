@@ -207,9 +207,8 @@ def _from_serving(
   check_stated(given, found, where)
   if config is not None and config != found:
     _compare(config, found, header['weights'], path)
-  tensors = serving.read_listed(
-    path, serving.serving_tensors(found, header['weights']), serving.CONFIG
-  )
+  listed = serving.serving_tensors(found, header['weights'])
+  tensors = serving.unpacked(serving.read_listed(path, listed, serving.CONFIG), listed)
   step = header['source'].get('step')
   conventions = recorded_in(header)
   notes = (

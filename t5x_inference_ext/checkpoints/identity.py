@@ -8,7 +8,7 @@ import numpy as np
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
-from t5x_inference_ext.checkpoints.serving import ServingTensor
+from t5x_inference_ext.checkpoints.serving_tensor import PackedTensorRows, ServingTensor
 
 # What an identity covers, besides the model's shape and the dtype of its matrices:
 #   chunks: the recorded checksum of every chunk of a serving checkpoint, and so every value.
@@ -40,9 +40,10 @@ def weights_identity(checkpoint: Checkpoint) -> WeightsIdentity:
   """
   tensors = checkpoint.tensors
   parts: dict[str, Any]
-  if all(isinstance(tensor, ServingTensor) for tensor in tensors.values()):
+  stored = {n: t.stored if isinstance(t, PackedTensorRows) else t for n, t in tensors.items()}
+  if all(isinstance(tensor, ServingTensor) for tensor in stored.values()):
     covers = 'chunks'
-    parts = {n: t.checksums for n, t in tensors.items() if isinstance(t, ServingTensor)}
+    parts = {n: t.checksums for n, t in stored.items() if isinstance(t, ServingTensor)}
   else:
     covers = 'norms'
     parts = {

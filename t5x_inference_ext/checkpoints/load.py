@@ -11,6 +11,8 @@ from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.errors import CheckpointError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights, build_weights
+from t5x_inference_ext.quantization.formats import weight_format
+from t5x_inference_ext.quantization.nibbles import INT4
 from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, tensor_dtype
 
 # On CPU, models with at most this many layers are unrolled, which avoids copying each layer's
@@ -47,8 +49,8 @@ def load_weights(
   """Read the shards of all tensors that belong on this process's devices.
 
   Args:
-    checkpoint: An open checkpoint of any format. Int8 weights stay int8; float weights become
-      model.dtype.
+    checkpoint: An open checkpoint of any format. int8 and int4 weights stay as they are; float
+      weights become model.dtype.
     model: The model, which decides mesh and layout.
     stacked: True makes one array for all layers, False one per layer; None follows scans_layers.
     progress: Wraps the list of tensors to read, e.g. tqdm.
@@ -60,9 +62,8 @@ def load_weights(
     MeshError: The mesh does not divide the model.
     CheckpointError: A tensor can't be read, or holds NaN or infinite values.
   """
-  tensors = packed_tensors(
-    model.config, model.prefill_layout, dict(model.mesh.shape), checkpoint.weights == 'int8'
-  )
+  scaled = weight_format(checkpoint.weights).quantized
+  tensors = packed_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), scaled)
   num_layers = model.config.num_layers
   stacked = scans_layers(num_layers, stacked, model.mesh.devices.flat[0].platform)
 
@@ -92,6 +93,8 @@ def load_tensor(
   def read_layer(layer: int | None, index: tuple[slice, ...] | None) -> np.ndarray:
     assert index is not None
     values = tensor.read(lambda name, where: _read(checkpoint, name, where), layer, index)
+    if dtype == INT4:
+      return values.view(INT4)
     return (values + offset if offset else values).astype(dtype, copy=False)
 
   if not isinstance(layers, slice):
@@ -116,7 +119,9 @@ def load_tensor(
 
 
 def _read(checkpoint: Checkpoint, name: str, where: tuple[slice, ...]) -> np.ndarray:
-  """Read a tensor's values, and check that they are finite.
+  """Read a tensor's values, and check that they are finite. int4 values are returned as int8.
+
+  Matrices of a fused array may have different dtypes, and NumPy can't join int4 with another.
 
   A serving checkpoint's values are not checked: they were checked when written, and have checksums.
 
@@ -125,6 +130,8 @@ def _read(checkpoint: Checkpoint, name: str, where: tuple[slice, ...]) -> np.nda
   """
   tensor = checkpoint.tensors[name]
   values = tensor.read(where)
+  if values.dtype == INT4:
+    return values.astype(np.int8)
   if checkpoint.format != 'serving' and values.dtype.kind != 'i' and not np.isfinite(values).all():
     raise CheckpointError(
       f'{name}: NaN or infinite values, read from {tensor.path}: take a checkpoint from before '

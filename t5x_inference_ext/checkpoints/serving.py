@@ -6,34 +6,34 @@ A serving checkpoint is independent of any mesh, and unpadded. Every chunk belon
 has a checksum, which is verified when the chunk is first read.
 """
 
-from collections.abc import Iterator, Mapping
-import itertools
+from collections.abc import Mapping
 import json
 import math
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import tensorstore as ts
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import storage
-from t5x_inference_ext.checkpoints.manifest import check_file, check_own_checksum, checksum
+from t5x_inference_ext.checkpoints.manifest import check_file, check_own_checksum
 from t5x_inference_ext.checkpoints.readers import zarr_arrays
-from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
+from t5x_inference_ext.checkpoints.serving_tensor import CHECKSUMS, PackedTensorRows, ServingTensor
+from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError, printable
+from t5x_inference_ext.quantization.formats import stored_size, weight_format
+from t5x_inference_ext.quantization.nibbles import packed_shape
 from t5x_inference_ext.text.settings import TextSettings, assumed_settings, unknown_vocabulary
 from t5x_inference_ext.text_files import load_json
 
 CONFIG = 'serving_config.json'
-CHECKSUMS = 'checksums.json'
 SERVING_FORMAT = 't5x_inference_ext serving checkpoint'
 # Formats of sources that are public models.
 PUBLIC_FORMATS = ('safetensors', 'gguf')
 # Version 2 added text settings, and the header's checksum of itself.
 VERSION = 2
-SERVING_WEIGHTS = ('int8', 'bfloat16')
+SERVING_WEIGHTS = ('int8', 'int4', 'bfloat16')
 
 # Maximum sides of a chunk; its rows are halved further, until it has at most MAX_CHUNK_BYTES. With
 # small chunks, a shard of a matrix reads little beyond its share, and a conversion can hold all
@@ -41,26 +41,33 @@ SERVING_WEIGHTS = ('int8', 'bfloat16')
 MAX_CHUNK_ROWS = 8192
 MAX_CHUNK_COLUMNS = 4096
 MAX_CHUNK_BYTES = 64 * 2**20
+# Dtypes of the stored elements.
 _DTYPES = {
   'int8': np.dtype(np.int8),
+  'int4': np.dtype(np.uint8),  # two values to a byte
   'bfloat16': np.dtype(ml_dtypes.bfloat16),
   'float32': np.dtype(np.float32),
 }
 
+# Shape and dtype name of each tensor, by name.
+Listed = dict[str, tuple[tuple[int, ...], str]]
 
-def serving_tensors(config: ModelConfig, weights: str) -> dict[str, tuple[tuple[int, ...], str]]:
-  """Return the shape and dtype name of every tensor in a model's serving checkpoint, by name."""
-  dtypes = {
-    'matrix': weights,
-    'embedding': 'bfloat16',
-    'norm': 'float32',
-    'bias': 'float32',
-    'scale': 'float32',
-  }
-  tensors = params.parameters(config)
-  if weights == 'int8':
+
+def serving_tensors(config: ModelConfig, weights: str) -> Listed:
+  """Return the shape and dtype name of every tensor in a model's serving checkpoint, by name.
+
+  Args:
+    config: The model.
+    weights: Format of the matrices (quantization.formats).
+  """
+  dtypes = {'embedding': 'bfloat16', 'norm': 'float32', 'bias': 'float32', 'scale': 'float32'}
+  tensors, matrices = params.parameters(config), weight_format(weights)
+  if matrices.quantized:
     tensors = {**tensors, **params.scales(config)}
-  return {name: (p.shape, dtypes[p.kind]) for name, p in tensors.items()}
+  return {
+    name: (p.shape, matrices.dtype(name).name if p.kind == 'matrix' else dtypes[p.kind])
+    for name, p in tensors.items()
+  }
 
 
 def is_layered(name: str) -> bool:
@@ -68,107 +75,21 @@ def is_layered(name: str) -> bool:
   return name not in params.OUTSIDE_LAYERS
 
 
-def serving_chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-  """Return the chunk shape of a tensor: one layer, or a tile of one layer."""
+def serving_chunk_shape(name: str, shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+  """Return the chunk shape of a tensor: one layer, or a tile of one layer.
+
+  Chunks of int4 matrices have an even number of rows: two rows share their bytes.
+  """
   sides = list(shape[1:] if is_layered(name) else shape)
   if len(sides) == 2:
     for axis, limit in enumerate((MAX_CHUNK_ROWS, MAX_CHUNK_COLUMNS)):
       while sides[axis] > limit:
         sides[axis] = -(-sides[axis] // 2)
-  while sides[0] > 1 and math.prod(sides) * itemsize > MAX_CHUNK_BYTES:
+  while sides[0] > 1 and stored_size(math.prod(sides), dtype) > MAX_CHUNK_BYTES:
     sides[0] = -(-sides[0] // 2)
+  if dtype == 'int4':
+    sides[0] += sides[0] % 2
   return (1, *sides) if is_layered(name) else tuple(sides)
-
-
-class ServingTensor(Tensor):
-  """A tensor of a serving checkpoint.
-
-  Attributes:
-    checksums: The recorded CRC-32 of each chunk, in C order of the chunk grid.
-  """
-
-  def __init__(self, name: str, path: str, store: ts.TensorStore, checksums: list[int]) -> None:
-    """Wrap an opened array.
-
-    Args:
-      name: Name of the tensor.
-      path: Directory of the tensor.
-      store: The opened array.
-      checksums: CRC-32 of each chunk, in C order of the chunk grid.
-    """
-    super().__init__(store.shape, store.dtype.numpy_dtype, path)
-    self.name = name
-    self._store = store
-    self.chunk = tuple(c or 1 for c in store.chunk_layout.read_chunk.shape or ())
-    self._grid = tuple(-(-n // c) for n, c in zip(self.shape, self.chunk))
-    self.checksums = checksums
-    self._verified: set[int] = set()
-    count = math.prod(self._grid)
-    if len(checksums) != count:
-      raise CheckpointError(
-        f'{name}: {path} has {count} chunks, but {CHECKSUMS} lists {len(checksums)}'
-      )
-
-  def chunks(self, bounds: Bounds | None = None) -> Iterator[tuple[int, tuple[slice, ...]]]:
-    """Yield the number and index of each chunk that overlaps `bounds`, in C order of the grid."""
-    bounds = bounds or tuple((0, n) for n in self.shape)
-    ranges = (range(begin // c, -(-end // c)) for (begin, end), c in zip(bounds, self.chunk))
-    for place in itertools.product(*ranges):
-      index = tuple(
-        slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(place, self.chunk, self.shape)
-      )
-      yield int(np.ravel_multi_index(place, self._grid)), index
-
-  def check(self, number: int, index: tuple[slice, ...]) -> np.ndarray:
-    """Return the values of a chunk; raise CheckpointError if its checksum differs."""
-    values = self._load(index)
-    if number not in self._verified:
-      if checksum(values) != self.checksums[number]:
-        raise CheckpointError(
-          f'{self.name}: damaged data in {self.path}/{self.file(index)}: its checksum is not the '
-          f'one recorded in {CHECKSUMS}; convert again'
-        )
-      self._verified.add(number)
-    return values
-
-  def check_padding(self, index: tuple[slice, ...]) -> None:
-    """Raise CheckpointError if a chunk has bytes other than zero beyond the array's end."""
-    inside = tuple(slice(0, s.stop - s.start) for s in index)
-    if all(s.stop == c for s, c in zip(inside, self.chunk)):
-      return
-    key = self.file(index)
-    assert self._store.kvstore is not None  # every zarr array has a kvstore
-    stored = self._store.kvstore.read(key).result().value
-    if len(stored) != math.prod(self.chunk) * self.dtype.itemsize:
-      return  # compressed: written by an earlier version
-    values = np.frombuffer(stored, np.uint8).reshape(*self.chunk, self.dtype.itemsize).copy()
-    values[inside] = 0
-    if values.any():
-      raise CheckpointError(
-        f'{self.name}: damaged data in {self.path}/{key}: the padding beyond the array is '
-        'not zero; convert again'
-      )
-
-  def file(self, index: tuple[slice, ...]) -> str:
-    """Return the name of a chunk's file."""
-    return '.'.join(str(s.start // c) for s, c in zip(index, self.chunk))
-
-  def _load(self, index: tuple[slice, ...]) -> np.ndarray:
-    """Return the values at `index` without verifying checksums."""
-    try:
-      return np.asarray(self._store[index].read().result())
-    except ValueError as e:
-      raise CheckpointError(f'{self.name}: damaged data in {self.path}: {storage.reason(e)}') from e
-
-  def _read(self, bounds: Bounds) -> np.ndarray:
-    index = tuple(slice(*b) for b in bounds)
-    chunks = list(self.chunks(bounds))
-    if [i for _, i in chunks] == [index]:  # exactly one chunk: `check` reads and verifies it
-      return self.check(*chunks[0])
-    for number, chunk in chunks:
-      if number not in self._verified:
-        self.check(number, chunk)
-    return self._load(index)
 
 
 def checksums_file(checksums: dict[str, list[int]]) -> bytes:
@@ -203,11 +124,12 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
     if header['version'] > 1 or 'crc32' in header:  # the earliest headers had no checksum
       check_own_checksum(path, CONFIG, data, header.get('crc32'))
     config = ModelConfig.from_dict(header['model'])
-    if header['weights'] not in SERVING_WEIGHTS:
+    if str(header['weights']).partition(',')[0] not in SERVING_WEIGHTS:
       raise CheckpointError(
         f'{where}: weights {printable(header["weights"], 80)} are not one of '
         f'{", ".join(SERVING_WEIGHTS)}'
       )
+    weight_format(header['weights'])  # raises ValueError
     source = header.get('source')
     return {**header, 'source': source if isinstance(source, dict) else {}}, config
   except CheckpointError:
@@ -240,14 +162,22 @@ def read_text(path: str, header: Mapping[str, Any], rows: int) -> TextSettings:
   )
 
 
+def unpacked(stored: Mapping[str, ServingTensor], listed: Listed) -> dict[str, Tensor]:
+  """Return stored arrays as tensors of values, by name: int4 matrices are read from their bytes."""
+  return {
+    name: PackedTensorRows(tensor, listed[name][0]) if listed[name][1] == 'int4' else tensor
+    for name, tensor in stored.items()
+  }
+
+
 def read_listed(
-  path: str, listed: dict[str, tuple[tuple[int, ...], str]], header_file: str, cached: bool = True
+  path: str, listed: Listed, header_file: str, cached: bool = True
 ) -> dict[str, ServingTensor]:
   """Return the arrays of a directory with checksums.json, by array name.
 
   Args:
     path: The directory. Each array has its own directory in it, named after it.
-    listed: Shape and dtype name of each array, by name.
+    listed: Shape and dtype name of each array, by name. An int4 array is returned as its bytes.
     header_file: Name of the file that lists the arrays, for messages.
     cached: Whether decoded chunks are cached; False reads from the disk each time.
 
@@ -269,7 +199,8 @@ def read_listed(
   tensors = {}
   for name, (shape, dtype) in listed.items():
     store = opening[name].store()
-    if store.shape != tuple(shape) or store.dtype.numpy_dtype != _DTYPES[dtype]:
+    stored_shape = packed_shape(tuple(shape)) if dtype == 'int4' else tuple(shape)
+    if store.shape != stored_shape or store.dtype.numpy_dtype != _DTYPES[dtype]:
       raise CheckpointError(
         f'{name}: {path}/{name} is {store.dtype.name} {list(store.shape)}, but '
         f'{path}/{header_file} says {dtype} {list(shape)}'

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.quantization.formats import stored_size
 
 # Span: [begin, end) along one axis. Bounds: a span for every axis.
 Span: TypeAlias = tuple[int, int]
@@ -64,8 +65,8 @@ class Tensor:
 
   @property
   def nbytes(self) -> int:
-    """Bytes of all values, uncompressed."""
-    return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+    """Bytes of all values, uncompressed; two int4 values share a byte."""
+    return stored_size(int(np.prod(self.shape, dtype=np.int64)), self.dtype)
 
   def __repr__(self) -> str:
     return f'{type(self).__name__}({self.dtype.name}{list(self.shape)} at {self.path})'

@@ -21,6 +21,7 @@ from t5x_inference_ext.checkpoints import serving, storage
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_tree
 from t5x_inference_ext.checkpoints.conversion.conversion import Conversion
 from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions
+from t5x_inference_ext.checkpoints.conversion.outputs import narrowed
 from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
 from t5x_inference_ext.checkpoints.public import read_public
 from t5x_inference_ext.checkpoints.tensor import Tensor
@@ -29,6 +30,7 @@ from t5x_inference_ext.config import PRESETS, ModelConfig, preset
 from t5x_inference_ext.errors import CheckpointError, UserError, printable
 from t5x_inference_ext.progress_bar import print_line
 from t5x_inference_ext.quantization import rounding
+from t5x_inference_ext.quantization.formats import is_quantized
 from t5x_inference_ext.text_format import decimal_bytes, rough_duration
 
 # Fields that distinguish known models. The vocabulary size does not: it may be padded.
@@ -150,6 +152,8 @@ def looks_like(config: ModelConfig) -> str:
 def costs(checkpoint: Checkpoint) -> Iterator[str]:
   """Yield a line for each kind of weights, with the cost of converting the checkpoint to it."""
   for weights in serving.SERVING_WEIGHTS:
+    if narrowed(checkpoint, weights) is not None:  # conversions round only once
+      continue
     conversion = Conversion(
       checkpoint, ConvertOptions(weights=weights), os.devnull, lambda *_: None
     )
@@ -175,7 +179,9 @@ def rate(conversion: Conversion) -> float:
   with np.errstate(all='ignore'):  # conversions report NaN
     for part, _, w in array.rectangles(values, block.bounds):
       dtype = conversion.output.dtype(part.name)
-      scale = rounding.scales_of(rounding.largest(w)) if np.int8 in (w.dtype, dtype) else None
+      scale = None
+      if is_quantized(dtype) or is_quantized(w.dtype):
+        scale = rounding.scales_of(rounding.largest(w))
       RoundingError().round(w, scale, dtype, 0.0)
   return values.nbytes / max(time.perf_counter() - start, 1e-6)
 

@@ -58,6 +58,7 @@ from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.planner.service_options import ServiceOptions
 
 _DTYPES = ('int8', 'bfloat16')
+_WEIGHTS = ('int8', 'int4', 'bfloat16')
 # (kind, name, default, help text, choices)
 _FLAGS: tuple[tuple[Any, ...], ...] = (
   ('enum', 'model', None, 'The model.', sorted(PRESETS)),
@@ -85,7 +86,7 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
   ),
   ('integer', 'input_length', 1920, 'Tokens of each prompt.'),
   ('integer', 'output_length', 64, 'Tokens to generate for each prompt, one decode step each.'),
-  ('enum', 'weights', 'int8', 'Dtype of the weights.', _DTYPES),
+  ('enum', 'weights', 'int8', 'Dtype of the weights.', _WEIGHTS),
   ('enum', 'cache', 'bfloat16', 'Dtype of keys and values.', _DTYPES),
   (
     'enum',

@@ -17,6 +17,7 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.saved_program import SavedError, damaged_header, header_text
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.quantization.formats import bits_of, weight_format
 
 # Field of a GenerationShape -> its least valid value. JSON null stands for None, where the field
 # may be None.
@@ -77,7 +78,7 @@ def describe_run(
 
   Args:
     config: ModelConfig. The model.
-    weights: str. 'int8' or 'bfloat16'; other weights have the compute dtype.
+    weights: str. Format of the matrices (quantization.formats); float ones have the compute dtype.
     layouts: tuple of two layouts, of prefill and of decode.
     dtype: str. The dtype of activations and float weights.
     cache: str. Dtype of the KV cache: a float dtype or 'int8'.
@@ -88,7 +89,7 @@ def describe_run(
   return {
     'phase': 'generate',
     'model': config.to_dict(),
-    'weights': 'int8' if weights == 'int8' else dtype,
+    'weights': weights if weight_format(weights).quantized else dtype,
     'prefill_layout': prefill,
     'decode_layout': decode,
     'dtype': dtype,
@@ -157,6 +158,20 @@ class SavedGeneration:
     if not self._loaded:
       self._loaded.append(saved_program.load(self.path, function, arguments, mesh, self.described))
     return self._loaded[0]
+
+
+def check_saveable(weights: str) -> None:
+  """Raise SavedError, before anything is compiled, if a program of such weights can't be saved.
+
+  JAX calls a loaded executable only with arrays in its own memory layout, and gives int4 arrays
+  another one, without the bits of an element.
+  """
+  found = weight_format(weights)
+  if 4 in (bits_of(found.dtype()), *dict(found.exceptions).values()):
+    raise SavedError(
+      f'a program with {weights} weights cannot be saved, since this JAX refuses int4 arrays as '
+      'arguments of programs compiled ahead: save one with int8 weights, or serve int4 without one'
+    )
 
 
 def check_saved_run(path: str | os.PathLike, **wanted: Any) -> None:

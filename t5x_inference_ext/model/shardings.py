@@ -125,8 +125,8 @@ class ShardedModel:
     return activations.padded_batch(self.decode_layout, rows, self.mesh.shape)
 
   def weight_specs(self, weights: Weights) -> Weights:
-    """Return PartitionSpecs for weights in the form of `weights` (stacked or not, int8 or not)."""
-    tensors = packed_tensors(self.config, self.prefill_layout, self.mesh.shape, weights.is_int8)
+    """Return PartitionSpecs for weights in the form of `weights` (stacked or not, with scales?)."""
+    tensors = packed_tensors(self.config, self.prefill_layout, self.mesh.shape, weights.quantized)
 
     def spec(name: str, layers: slice | int | None) -> P:
       return P(*(None,) * isinstance(layers, slice), *tensors[name].spec)

@@ -22,12 +22,12 @@ class BlockPartWeights:
     norm: [E] float32. The factor to multiply by (not a stored scale around zero). None if the model
       has norms only after attention and MLP. In a parallel block with two norms, the norm that
       feeds attention.
-    w_in: [E, columns], float or int8. A shard's columns are [gate | linear | query | key, value],
-      as far as the block part has them.
-    w_out: [rows, E], float or int8. A shard's rows are [MLP | attention].
+    w_in: [E, columns], float, int8 or int4. A shard's columns are [gate | linear | query | key,
+      value], as far as the block part has them.
+    w_out: [rows, E], float, int8 or int4. A shard's rows are [MLP | attention].
     norm_bias: [E] float32 with layer norm, else None.
-    in_scale: [columns] float32 with int8 weights, else None.
-    out_scale: [E] float32 with int8 weights, else None.
+    in_scale: [columns] float32 with quantized weights, else None.
+    out_scale: [E] float32 with quantized weights, else None.
     vectors: Other norms, and biases of matrices, by field name (params.vector_names). float32.
   """
 
@@ -88,8 +88,8 @@ class Weights:
     return not isinstance(self.layers, tuple)
 
   @property
-  def is_int8(self) -> bool:
-    """Whether the matrices are int8 with scales."""
+  def quantized(self) -> bool:
+    """Whether the matrices are int8 or int4, with scales."""
     layer = self.layers[0] if isinstance(self.layers, tuple) else self.layers
     return next(iter(layer.values())).in_scale is not None
 

@@ -54,8 +54,8 @@ def nothing_fits(
   tightest = tightest_phase(request, memories)
   m = memories[tightest]
   changes = (
-    _other_dtype(request, machines, 'weights', 'int8 weights'),
-    _other_dtype(request, machines, 'cache', 'an int8 cache'),
+    _other_dtype(request, machines, 'weights', {'int8': 'int8 weights', 'int4': 'int4 weights'}),
+    _other_dtype(request, machines, 'cache', {'int8': 'an int8 cache'}),
     _most(request, nearest, prefill.mesh, 'batch', 'a batch of {}'),
     _most(request, nearest, prefill.mesh, 'input_length', 'prompts of {} tokens'),
     _larger_slice(request, machines),
@@ -78,12 +78,23 @@ def _fits(request: PlanRequest, machine: Machine) -> bool:
     return False
 
 
-def _other_dtype(request: PlanRequest, machines: Sequence[Machine], field: str, words: str) -> str:
-  """Return `words` if the request fits with 'int8' as the value of `field`, else ''."""
-  if getattr(request, field) == 'int8':
-    return ''
-  smaller = request.replace(**{field: 'int8'})
-  return words if any(_fits(smaller, machine) for machine in machines) else ''
+def _other_dtype(
+  request: PlanRequest, machines: Sequence[Machine], field: str, words: dict[str, str]
+) -> str:
+  """Return the words of the first dtype after the request's with which the request fits, or ''.
+
+  Args:
+    request: The request.
+    machines: The machines.
+    field: 'weights' or 'cache'.
+    words: Dtype -> words for the message, widest first.
+  """
+  dtypes, asked = list(words), getattr(request, field)
+  for dtype in dtypes[dtypes.index(asked) + 1 :] if asked in dtypes else dtypes:
+    smaller = request.replace(**{field: dtype})
+    if any(_fits(smaller, machine) for machine in machines):
+      return words[dtype]
+  return ''
 
 
 def _most(request: PlanRequest, machine: Machine, mesh: Mesh, field: str, words: str) -> str:

@@ -10,15 +10,16 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.network import axis_sizes
+from t5x_inference_ext.quantization.formats import weight_format
 from t5x_inference_ext.sharding import activations, traffic
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.collective import Collective
 from t5x_inference_ext.sharding.layout import Layout
-from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors
+from t5x_inference_ext.sharding.packing import PackedTensor, matrix_bytes, packed_tensors
 
 PASSES = ('prefill', 'decode')
+WEIGHT_DTYPES = ('int8', 'int4', 'bfloat16')
 # Bytes of an element. Activations are always bfloat16, as in section 3.6 of the paper.
-WEIGHT_BYTES = {'int8': 1, 'bfloat16': 2}
 CACHE_ELEMENT_BYTES = {'int8': 1, 'bfloat16': 2}
 ACTIVATION_BYTES = 2
 
@@ -55,7 +56,7 @@ class PassCase:
     length: T, positions of each row in the pass; 1 in decode; of 'verify', a draft's and one more.
     context: S, positions of each row that attention sees at the end of the pass, including those of
       the pass.
-    weights: 'int8' or 'bfloat16'.
+    weights: 'int8', 'int4' or 'bfloat16'.
     cache: 'int8' or 'bfloat16'. Dtype of keys and values.
 
   Raises:
@@ -75,7 +76,7 @@ class PassCase:
   cache: str = 'bfloat16'
 
   def __post_init__(self) -> None:
-    known = {'phase': (*PASSES, 'verify'), 'weights': WEIGHT_BYTES, 'cache': CACHE_ELEMENT_BYTES}
+    known = {'phase': (*PASSES, 'verify'), 'weights': WEIGHT_DTYPES, 'cache': CACHE_ELEMENT_BYTES}
     check_choices(self, known)
     check_counts(self, ('batch', 'length', 'context'))
     if self.phase == 'decode' and self.length != 1:
@@ -132,7 +133,12 @@ class PassCase:
   def tensors(self) -> dict[str, PackedTensor]:
     """The weights as packed on the chips, including padding and copies of heads."""
     one_dimensional = self.layout.feedforward == 'ws_1d'
-    return _packed(self.config, one_dimensional, self.mesh, self.weights == 'int8')
+    return _packed(self.config, one_dimensional, self.mesh, weight_format(self.weights).quantized)
+
+  @property
+  def weight_bytes(self) -> dict[str, float]:
+    """Bytes of a weight element of each array of matrices, by name."""
+    return matrix_bytes(self.tensors, self.weights, 'bfloat16')
 
   @property
   def collectives(self) -> tuple[list[Collective], list[Collective]]:
@@ -142,7 +148,7 @@ class PassCase:
     # Any layout that can share weights with prefill's splits the rows in the same way, so pass this
     # one.
     return (
-      traffic.layer_collectives(*arguments, ACTIVATION_BYTES, WEIGHT_BYTES[self.weights]),
+      traffic.layer_collectives(*arguments, ACTIVATION_BYTES, self.weight_bytes),
       traffic.embedding_collectives(*arguments, ACTIVATION_BYTES)
       + traffic.logits_collectives(
         *arguments, self.layout, ACTIVATION_BYTES, last=self.phase != 'verify'
@@ -160,8 +166,8 @@ class PassCase:
 
 @functools.lru_cache(maxsize=256)
 def _packed(
-  config: ModelConfig, one_dimensional: bool, mesh: Mesh, int8: bool
+  config: ModelConfig, one_dimensional: bool, mesh: Mesh, scaled: bool
 ) -> dict[str, PackedTensor]:
   """Return the packed weights, cached: all layouts other than ws_1d share one packing."""
   layout = Layout('ws_1d' if one_dimensional else 'ws_2d')
-  return packed_tensors(config, layout, axis_sizes(mesh), int8)
+  return packed_tensors(config, layout, axis_sizes(mesh), scaled)

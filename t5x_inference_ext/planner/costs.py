@@ -164,7 +164,7 @@ def cost(
     'matmuls': matmuls,
     'logits': product_seconds(done.logits_flops, done.logits_rows),
     'attention': done.attention_flops / chip.bf16_flops,
-    'weight load': done.weight_bytes / chip.hbm_bandwidth,
+    'weight load': (done.weight_bytes + done.unpacking_bytes) / chip.hbm_bandwidth,
     'cache load': done.cache_bytes / chip.hbm_bandwidth,
     'activations moved': sum(c.seconds for c in collectives if not c.of_weights),
     'weights moved': exposed,

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from t5x_inference_ext.hardware import MAX_ATTENTION_LOGITS
-from t5x_inference_ext.planner.case import ACTIVATION_BYTES, WEIGHT_BYTES, PassCase
+from t5x_inference_ext.planner.case import ACTIVATION_BYTES, PassCase
 from t5x_inference_ext.planner.work import cache_bytes, stored_bytes
 from t5x_inference_ext.sharding.packing import PackedTensor
 
@@ -100,8 +100,10 @@ def _gathered_bytes(case: PassCase) -> float:
   gathered = case.size(case.layout.gathered_axes)
   if gathered == 1:
     return 0.0
-  largest = max(_widest_part(t) for t in case.tensors.values() if t.kind == 'matrix')
-  return largest * gathered / case.machine.chips * WEIGHT_BYTES[case.weights]
+  largest = max(
+    _widest_part(case.tensors[name]) * width for name, width in case.weight_bytes.items()
+  )
+  return largest * gathered / case.machine.chips
 
 
 def _widest_part(tensor: PackedTensor) -> int:

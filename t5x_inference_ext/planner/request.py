@@ -8,7 +8,7 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.planner.case import (
   CACHE_ELEMENT_BYTES,
-  WEIGHT_BYTES,
+  WEIGHT_DTYPES,
   PassCase,
   check_choices,
   check_counts,
@@ -34,7 +34,7 @@ class PlanRequest:
     batch: Rows run together.
     input_length: Tokens of each prompt.
     output_length: Tokens to generate for each prompt, one decode step each.
-    weights: 'int8' or 'bfloat16'.
+    weights: 'int8', 'int4' or 'bfloat16'.
     cache: 'int8' or 'bfloat16'. Dtype of keys and values.
     convention: Convention of the network, one of network.CONVENTIONS.
     efficiency: Shares of the chip's peak rates. None: the shares fitted for the convention.
@@ -65,7 +65,7 @@ class PlanRequest:
     check_choices(
       self,
       {
-        'weights': WEIGHT_BYTES,
+        'weights': WEIGHT_DTYPES,
         'cache': CACHE_ELEMENT_BYTES,
         'convention': CONVENTIONS,
         'phase': PLAN_PHASES,

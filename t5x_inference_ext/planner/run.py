@@ -59,7 +59,7 @@ def plan(
       for a service SLOTS.
     input_length: Tokens of each prompt.
     output_length: Tokens to generate for each prompt.
-    weights: 'int8' or 'bfloat16'.
+    weights: 'int8', 'int4' or 'bfloat16'.
     cache: 'int8' or 'bfloat16'.
     objective: One of request.OBJECTIVES; see choose.choose.
     latency_target_ms: Milliseconds from the prompts to the last token. None: no target.

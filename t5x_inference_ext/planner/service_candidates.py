@@ -207,5 +207,6 @@ def all_candidates(
   names = ', '.join(map(str, machines))
   raise RequestError(
     f'no service fits: {min(slots)} slots of {longest_row(arrivals)} positions need more memory '
-    f'than a chip of {names} has; take a larger slice, int8 weights or cache, or fewer slots'
+    f'than a chip of {names} has; take a larger slice, int8 or int4 weights, an int8 cache, or '
+    'fewer slots'
   )

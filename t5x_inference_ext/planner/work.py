@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from t5x_inference_ext.planner.case import CACHE_ELEMENT_BYTES, PassCase
+from t5x_inference_ext.quantization.formats import bits_of, stored_size
 from t5x_inference_ext.sharding.packing import PackedTensor, tensor_dtype
 
 _SCALE_BYTES = 4  # an int8 cache has a float32 scale for each row, position and head
@@ -21,6 +22,8 @@ class PassWork:
     attention_flops: FLOPs of attention's two products, with keys and with values.
     weight_bytes: Bytes read of matrices, scales, norms, biases and the head (if it is tied, the
       embedding). Gathered matrices are counted whole.
+    unpacking_bytes: Bytes whose reading takes as long as products by int4 weights take beyond
+      reading these weights (hardware.Chip.int4_load_bytes).
     cache_bytes: Bytes of keys and values that attention reads.
   """
 
@@ -30,6 +33,7 @@ class PassWork:
   logits_rows: float
   attention_flops: float
   weight_bytes: float
+  unpacking_bytes: float
   cache_bytes: float
 
 
@@ -47,6 +51,11 @@ def work(case: PassCase) -> PassWork:
     for name, t in case.tensors.items()
     if t.kind != 'embedding' or name == head
   )
+  int4_bytes = sum(
+    stored_bytes(case, t) * gathered
+    for t in case.tensors.values()
+    if bits_of(tensor_dtype(t, case.weights, 'bfloat16')) == 4
+  )
   rows = case.batch / case.size(p.attention_rows)
   positions = case.padded / case.size(p.attention_positions)
   unembedded = tokens if case.phase == 'verify' else case.batch  # else only last positions
@@ -59,6 +68,7 @@ def work(case: PassCase) -> PassWork:
     logits_rows=unembedded,
     attention_flops=attention,
     weight_bytes=read,
+    unpacking_bytes=int4_bytes * (case.machine.chip.int4_load_bytes / 0.5 - 1),
     cache_bytes=cache_bytes(case, case.seen),
   )
 
@@ -70,7 +80,7 @@ def stored_bytes(case: PassCase, tensor: PackedTensor) -> int:
     case.size((axes,) if isinstance(axes, str) else axes or ()) for axes in tensor.spec
   )
   count = math.prod(tensor.shape) // shards * (case.config.num_layers if tensor.per_layer else 1)
-  return count * dtype.itemsize
+  return stored_size(count, dtype)
 
 
 def cache_bytes(case: PassCase, positions: int) -> float:

@@ -10,14 +10,16 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.saved_generation import GenerationShape, describe_run
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
-from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.errors import RequestError, printable
 from t5x_inference_ext.model.kernel_attention import ATTENTION_KINDS
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.options import check_options, option
 from t5x_inference_ext.precompile.phases import COMPILE_PHASES, CompilePhase
+from t5x_inference_ext.quantization.formats import with_bits
 from t5x_inference_ext.sharding.layout import Layout
 
 GREEDY = SamplingParams()
+WEIGHT_NAMES = ('int8', 'int4', 'bfloat16')
 CHUNK = SchedulerConfig.prefill_chunk
 CHECKED = 9  # tokens of a row in 'verify': the last one and a draft of 8
 _GROUP = 'Program'
@@ -42,7 +44,11 @@ class CompileCase:
   """
 
   config: ModelConfig
-  weights: str = option(help='Dtype of the weights.', choices=('int8', 'bfloat16'), group=_GROUP)
+  weights: str = option(
+    help='Dtype of the weights: int8, int4 or bfloat16, or the whole format of a checkpoint with '
+    'other bits for some matrices, such as int4,mlp_output:8.',
+    group=_GROUP,
+  )
   phase: str = option(
     help='; '.join(f'{name}: {phase.help}' for name, phase in COMPILE_PHASES.items()) + '.',
     choices=tuple(COMPILE_PHASES),
@@ -94,6 +100,12 @@ class CompileCase:
 
   def __post_init__(self) -> None:
     check_options(self)
+    name, _, bits = self.weights.partition(',')
+    if name not in WEIGHT_NAMES:
+      raise RequestError(
+        f'weights must be one of {", ".join(WEIGHT_NAMES)}, got {printable(self.weights, 80)}'
+      )
+    object.__setattr__(self, 'weights', with_bits(name, bits, self.config))
     if self.phase == 'generate':
       # BOS takes a position; the last new token takes none.
       if (self.prompt or 1) + self.max_new_tokens > self.context:

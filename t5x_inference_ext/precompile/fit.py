@@ -130,7 +130,7 @@ def held_bytes(case: CompileCase, mesh: dict[str, int]) -> tuple[int, int]:
       decode,
       dtype=case.dtype,
       cache=case.cache,
-      int8=case.weights == 'int8',
+      weights=case.weights,
       stacked=case.stacked,
       batch=case.batch,
       prompt_length=case.length,

@@ -5,7 +5,8 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+
+from t5x_inference_ext.quantization.formats import stored_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,5 @@ def memory_of(
 def shard_bytes(tree: Any) -> int:
   """Return the bytes on one device of a tree of arrays, or of shapes with shardings."""
   return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
-    for x in jax.tree.leaves(tree)
+    stored_size(math.prod(x.sharding.shard_shape(x.shape)), x.dtype) for x in jax.tree.leaves(tree)
   )

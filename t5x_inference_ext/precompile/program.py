@@ -22,6 +22,7 @@ from t5x_inference_ext.model.weights import Weights, build_weights
 from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.precompile.memory import CompiledMemory, memory_of
 from t5x_inference_ext.precompile.slot_programs import slot_program
+from t5x_inference_ext.quantization.formats import weight_format
 from t5x_inference_ext.sharding.packing import packed_tensors, tensor_dtype
 
 
@@ -150,15 +151,14 @@ def abstract_weights(model: Model, weights: str, stacked: bool = True) -> Weight
 
   Args:
     model: Model. Decides mesh and layout.
-    weights: str. 'int8', or anything else for the compute dtype.
+    weights: str. Format of the matrices (quantization.formats); float ones take the compute dtype.
     stacked: bool. Whether one array holds all layers.
 
   Raises:
     MeshError: The mesh does not divide the model.
   """
-  tensors = packed_tensors(
-    model.config, model.prefill_layout, dict(model.mesh.shape), weights == 'int8'
-  )
+  scaled = weight_format(weights).quantized
+  tensors = packed_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), scaled)
   layers = model.config.num_layers
 
   def struct(name: str, owners: slice | int | None) -> jax.ShapeDtypeStruct:

@@ -1,22 +1,31 @@
-"""Rounding of weights to int8 with one float32 scale per output channel (section 3.6), in numpy.
+"""Rounding of weights to integers with a float32 scale per output channel (section 3.6), in numpy.
 
-Symmetric: w ~ q * scale with q in [-127, 127]. The scale is max|w| / 127 over all weights that are
-  summed into the channel, or slightly less if that reduces the squared error (best_scales).
+w ~ q * scale, with q in [-127, 127] for int8 and [-8, 7] for int4. The scale is max|w| over all
+weights that are summed into the channel, divided by the largest unit; or less, so that the largest
+weights are clipped, if that reduces the squared error (best_scales). An int4 scale may be negative:
+then the positive side of the channel has the eighth unit.
 """
 
 from collections.abc import Iterator
 import itertools
 
-from jaxtyping import Float32, Int8, Int64, Real
+from jaxtyping import Float32, Int64, Real
 import ml_dtypes
 import numpy as np
 
+from t5x_inference_ext.quantization.formats import bits_of, is_quantized
+
+# Largest unit of int8.
 QMAX = 127
-# Factors by which the search for the least squared error multiplies max|w| / 127, largest first.
-# All are exact in float32.
-SEARCHED = tuple(1 - k / 64 for k in range(24))
-# Squared errors are integers, in units of scale^2 / SQUARE_UNITS. An error is at most 127 /
-# SEARCHED[-1] scales; the sum of its square over a million rows fits into 63 bits.
+_INT8 = np.dtype(np.int8)
+# Factors of the scale that the search for the least squared error tries, exact in float32. int4,
+# whose coarse units gain more from clipping, goes down further, and tries both signs.
+_SEARCHED = {
+  8: tuple(1 - k / 64 for k in range(24)),
+  4: tuple(sign * (1 - k / 32) for sign in (1, -1) for k in range(24)),
+}
+# Squared errors are integers, in units of scale^2 / SQUARE_UNITS. An error is at most the largest
+# unit / the least factor searched; the sum of its square over a million rows fits into 63 bits.
 SQUARE_UNITS = 2**24
 
 # Approximate number of elements in a block. Rows are processed in blocks so that temporaries stay
@@ -25,6 +34,22 @@ _BLOCK_ELEMENTS = 2**16
 # Sides of a block of a transposed matrix.
 _TILE_ROWS, _TILE_COLUMNS = 2**9, 2**7
 _CACHE_LINE = 64
+
+
+def largest_unit(dtype: np.dtype) -> int:
+  """Return the largest unit of a quantized dtype: 127 for int8, 7 for int4."""
+  return int(ml_dtypes.iinfo(dtype).max)
+
+
+def searched(dtype: np.dtype) -> tuple[float, ...]:
+  """Return the factors by which a search multiplies scales, the largest first."""
+  return _SEARCHED[bits_of(dtype)]
+
+
+def _units(dtype: np.dtype) -> tuple[int, int]:
+  """Return the least and the largest unit: -127 and 127 for int8, -8 and 7 for int4."""
+  largest = largest_unit(dtype)
+  return (-largest if bits_of(dtype) == 8 else -largest - 1), largest
 
 
 def largest(w: Real[np.ndarray, 'L rows out']) -> Float32[np.ndarray, 'L out']:
@@ -47,10 +72,17 @@ def largest(w: Real[np.ndarray, 'L rows out']) -> Float32[np.ndarray, 'L out']:
   return out
 
 
-def scales_of(maxima: Float32[np.ndarray, '*shape']) -> Float32[np.ndarray, '*shape']:
-  """Return the scales of channels with largest magnitudes `maxima`; 1 for a channel of zeros."""
+def scales_of(
+  maxima: Float32[np.ndarray, '*shape'], dtype: np.dtype = _INT8
+) -> Float32[np.ndarray, '*shape']:
+  """Return the scales of channels with largest magnitudes `maxima`; 1 for a channel of zeros.
+
+  Args:
+    maxima: max|w| of each channel.
+    dtype: The quantized dtype.
+  """
   # Scales are at least the smallest normal float32: division by a subnormal number loses precision.
-  scales = np.maximum(maxima / np.float32(QMAX), np.finfo(np.float32).tiny)
+  scales = np.maximum(maxima / np.float32(largest_unit(dtype)), np.finfo(np.float32).tiny)
   return np.where(maxima > 0, scales, np.float32(1))
 
 
@@ -61,11 +93,11 @@ def rounded(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Round w into `out`, block by block, in one pass over w and `out`.
 
-  int8 values are the nearest integers to weights / scale; halves round to even.
+  Quantized values are the nearest integers to weights / scale; halves round to even.
 
   Args:
-    w: float, or int8 with scales.
-    scale: Scales of whichever of w and `out` is int8; None if neither is.
+    w: float, or int8 or int4 with scales.
+    scale: Scales of whichever of w and `out` is quantized; None if neither is.
     out: Array to fill, in C order.
 
   Yields:
@@ -75,11 +107,11 @@ def rounded(
     layers, _, columns = index
     before = w[index].astype(np.float32)
     factors = np.float32(1) if scale is None else scale[layers, None, columns]
-    if w.dtype == np.int8:
+    if is_quantized(w.dtype):
       before *= factors
-    if out.dtype == np.int8:
+    if is_quantized(out.dtype):
       after = before / factors
-      np.clip(np.rint(after, out=after), -QMAX, QMAX, out=after)
+      np.clip(np.rint(after, out=after), *_units(out.dtype), out=after)
       np.copyto(block, after, casting='unsafe')
       after *= factors
     else:
@@ -121,28 +153,29 @@ def _filled(
 
 
 def dequantize(
-  q: Int8[np.ndarray, '*lead in out'], scale: Float32[np.ndarray, '...']
+  q: Real[np.ndarray, '*lead in out'], scale: Float32[np.ndarray, '...']
 ) -> Float32[np.ndarray, '*lead in out']:
   """Return the float32 weights of q; `scale` broadcasts: [out], or [L, 1, out]."""
   return q.astype(np.float32) * scale
 
 
 def squared_errors(
-  w: Real[np.ndarray, 'L rows out'], scale: Float32[np.ndarray, 'L out']
-) -> Int64[np.ndarray, 'searched L out']:
-  """Return the squared rounding error of w with the scales times each factor in SEARCHED.
+  w: Real[np.ndarray, 'L rows out'], scale: Float32[np.ndarray, 'L out'], dtype: np.dtype = _INT8
+) -> Int64[np.ndarray, 'factors L out']:
+  """Return the squared error of rounding w to `dtype`, with the scales times each searched factor.
 
   Returns:
-    [SEARCHED, L, out] int64: sums over rows, in units of (scale * factor)^2 / SQUARE_UNITS. Sums of
+    [factors, L, out] int64: sums over rows, in units of (scale * factor)^2 / SQUARE_UNITS. Sums of
     integers do not depend on how a matrix is cut into blocks, nor on their order.
   """
-  out = np.zeros((len(SEARCHED), w.shape[0], w.shape[2]), np.int64)
+  out = np.zeros((len(searched(dtype)), w.shape[0], w.shape[2]), np.int64)
+  units_range = _units(dtype)
   for index in blocks(w):
     layers, _, columns = index
     block = w[index].astype(np.float32, copy=False)
-    for i, factor in enumerate(SEARCHED):
+    for i, factor in enumerate(searched(dtype)):
       units = block / (scale[layers, None, columns] * np.float32(factor))
-      error = units - np.clip(np.rint(units), -QMAX, QMAX)
+      error = units - np.clip(np.rint(units), *units_range)
       out[i, layers, columns] += (
         np.rint(error * error * np.float32(SQUARE_UNITS)).astype(np.int64).sum(1)
       )
@@ -150,12 +183,15 @@ def squared_errors(
 
 
 def best_scales(
-  scale: Float32[np.ndarray, 'L out'], errors: Int64[np.ndarray, 'searched L out']
+  scale: Float32[np.ndarray, 'L out'],
+  errors: Int64[np.ndarray, 'factors L out'],
+  dtype: np.dtype = _INT8,
 ) -> Float32[np.ndarray, 'L out']:
   """Multiply each scale by the factor with the least error, or by the largest such factor."""
-  factors = np.asarray(SEARCHED)[:, None, None]
-  best = np.argmin(errors * (factors * factors), 0)
-  return (scale * np.asarray(SEARCHED, np.float32)[best]).astype(np.float32)
+  factors = np.asarray(searched(dtype))
+  squares = (factors * factors)[:, None, None]
+  best = np.argmin(errors * squares, 0)
+  return (scale * factors.astype(np.float32)[best]).astype(np.float32)
 
 
 def blocks(w: np.ndarray) -> Iterator[tuple[slice, slice, slice]]:

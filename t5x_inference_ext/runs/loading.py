@@ -94,7 +94,7 @@ def explain_layout(options: InferOptions, prompt_length: int) -> None:
     decode,
     dtype=options.dtype,
     cache=options.cache,
-    int8=checkpoint.weights == 'int8',
+    weights=checkpoint.weights,
     stacked=scans_layers(config.num_layers, options.scan_layers, jax.devices()[0].platform),
     batch=options.batch_size,
     prompt_length=prompt_length + 1,

@@ -13,6 +13,8 @@ from t5x_inference_ext.checkpoints.conversion.verify import read_manifest
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.quantization.formats import weight_format
+from t5x_inference_ext.runs.rounded_tensors import rounded_alone
 from t5x_inference_ext.text_files import check_plots
 
 BATCH_ROWS = 8
@@ -67,6 +69,7 @@ def report(
   elif task is not None:
     targets = task_tokens(task, task_module, task_split, original.config.vocab_size)
   losses: dict[str, float] = {}
+  alone: dict[str, float] = {}
   count = 0
   if targets is not None:
     count = int(np.count_nonzero(targets))
@@ -78,13 +81,22 @@ def report(
       ('the same in bfloat16', rounded, 'bfloat16', 'int8'),
     ):
       losses[label] = loss(checkpoint, targets, dtype, cache)
-  lines = list(_table(errors, losses, count))
+    before, after = (weight_format(c.weights).quantized for c in (original, rounded))
+    if after and not before:
+      alone = {name: loss(c, targets) for name, c in rounded_alone(original, rounded)}
+  lines = [*_table(errors, losses, count), *_table_of_tensors(losses, alone, rounded.weights)]
   os.makedirs(directory, exist_ok=True)
   with open(os.path.join(directory, 'report.txt'), 'w', encoding='utf-8') as f:
     f.write('\n'.join([f'{source} -> {output}', *lines]) + '\n')
   with open(os.path.join(directory, 'report.json'), 'w', encoding='utf-8') as f:
     json.dump(
-      {'source': str(source), 'output': str(output), 'errors': errors, 'losses': losses},
+      {
+        'source': str(source),
+        'output': str(output),
+        'errors': errors,
+        'losses': losses,
+        'losses_of_tensors': alone,
+      },
       f,
       indent=2,
     )
@@ -171,6 +183,20 @@ def _table(
     first = next(iter(losses.values()))
     for name, value in losses.items():
       yield f'{name:26}{value:12.5f}{value / np.log(2):12.5f}   {value / first - 1:+.3%}'
+
+
+def _table_of_tensors(
+  losses: dict[str, float], alone: dict[str, float], weights: str
+) -> Iterator[str]:
+  """Yield lines with the loss of the source when only one matrix is rounded, by its name."""
+  if not alone:
+    return
+  yield f'{"rounded alone":26}{"nats":>12}{"bits":>12}   a token, in float32'
+  before = next(iter(losses.values()))
+  for name, value in alone.items():
+    dtype = weight_format(weights).dtype(name).name
+    label = f'{name}, {dtype}'
+    yield f'{label:26}{value:12.5f}{value / np.log(2):12.5f}   {value / before - 1:+.3%}'
 
 
 def _plot(

@@ -13,6 +13,7 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import MeshError, RequestError, UserError, name_list
 from t5x_inference_ext.model.shardings import CACHE_DTYPES, COMPUTE_DTYPES
 from t5x_inference_ext.options import LARGEST_WHOLE, has_type, is_whole, short_repr
+from t5x_inference_ext.quantization.formats import weight_format
 from t5x_inference_ext.runs.receipt import (
   GRAMMAR_LIBRARY,
   RECEIPT_FORMAT,
@@ -29,7 +30,6 @@ from t5x_inference_ext.text_files import parse_json
 
 _MOST_BYTES = 64 * 2**20
 _FINISHES = ('eos', 'stop', 'length', 'error')
-_WEIGHTS = ('float32', 'bfloat16', 'int8')
 _VERSIONS = ('t5x_inference_ext', 'jax', 'jaxlib', 'chip')
 _TIMES = ('seconds', 'chips', 'chip_seconds')
 _GRAMMAR = tuple(field.name for field in dataclasses.fields(Grammar))
@@ -79,6 +79,16 @@ def read_receipt(path: str) -> Receipt:
     raise RequestError(f'{path} is not a receipt that can be replayed: {error}') from error
 
 
+def _weights(value: Any) -> str:
+  """Return the format of a receipt's weights; raise ValueError if it is none."""
+  if not isinstance(value, str):
+    raise ValueError(f'weights.dtype is {short_repr(value)}, not a format such as int8')
+  try:
+    return str(weight_format(value))
+  except ValueError as error:
+    raise ValueError(f'weights.dtype: {error}') from error
+
+
 def _receipt(value: Any) -> Receipt:
   """Convert a JSON value to a receipt; raise ValueError if a field is wrong."""
   if isinstance(value, dict) and 'format' in value:
@@ -100,7 +110,7 @@ def _receipt(value: Any) -> Receipt:
     raise ValueError(f'weights.sha256 is {short_repr(digest)}, not 64 hexadecimal digits')
   return Receipt(
     request,
-    _one_of('weights.dtype', weights['dtype'], _WEIGHTS),
+    _weights(weights['dtype']),
     WeightsIdentity(_one_of('weights.covers', weights['covers'], COVERS), digest),
     _setting(parts['engine']),
     {

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import math
 
 from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.sharding import columns
@@ -9,6 +10,8 @@ from t5x_inference_ext.sharding.layout import Axes, Layout, num_shards
 
 # Bytes of a float32 element. Norm moments, scales and logits are float32 in every run.
 FLOAT32 = 4
+# Bytes of a weight element: of all matrices, or of each array by name.
+WeightBytes = float | Mapping[str, float]
 # Bytes of an int32 element, such as a row's length.
 INT32 = 4
 
@@ -60,7 +63,8 @@ class Pass:
     mesh: Axis name -> size.
     total: B T, the tokens of all devices together.
     activation: Bytes of one activation element.
-    weight: Bytes of one weight element. A weight of 1 byte is int8 and has float32 scales.
+    weight: Bytes of one weight element, for all matrices or for each array by name ('mlp/w_in').
+      A weight of at most 1 byte is quantized and has float32 scales.
 
   Raises:
     ValueError: The tokens do not divide over the devices that weights are gathered over.
@@ -71,7 +75,7 @@ class Pass:
   mesh: Mapping[str, int]
   total: int
   activation: int
-  weight: int
+  weight: WeightBytes
 
   def __post_init__(self) -> None:
     devices = self.size(self.layout.gathered_axes)
@@ -85,8 +89,14 @@ class Pass:
     """B T / N, tokens on one device, where weights are gathered over N devices."""
     return self.total // self.size(self.layout.gathered_axes)
 
+  def weight_width(self, block_part: BlockPart, field: str) -> float:
+    """Return the bytes of one weight element of a block part's array, 'w_in' or 'w_out'."""
+    if isinstance(self.weight, Mapping):
+      return self.weight[f'{block_part.name}/{field}']
+    return self.weight
+
   def collective(
-    self, name: str, kind: str, axes: Axes, count: int, width: int, looped: bool = False
+    self, name: str, kind: str, axes: Axes, count: int, width: float, looped: bool = False
   ) -> list[Collective]:
     """Return a list with this collective; an empty list if the axes have only one device.
 
@@ -95,14 +105,14 @@ class Pass:
       kind: The kind of Collective.
       axes: Mesh axes. They may have size 1.
       count: Elements of the array, counted as for Collective.bytes.
-      width: Bytes of an element.
+      width: Bytes of an element; half a byte for int4.
       looped: Whether a layout with looped collectives runs this collective as a ring.
     """
     axes = tuple(a for a in axes if self.mesh[a] > 1)
     if not axes:
       return []
     directions = self.layout.ring_directions if looped else 0
-    return [Collective(name, kind, axes, self.size(axes), count * width, directions)]
+    return [Collective(name, kind, axes, self.size(axes), math.ceil(count * width), directions)]
 
   def activations(
     self, name: str, kind: str, axes: Axes, count: int, looped: bool = False

@@ -13,13 +13,14 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.params import LAYERS_AXIS
+from t5x_inference_ext.quantization.formats import stored_size, weight_format
 from t5x_inference_ext.quantization.kv import whole_tiles
 from t5x_inference_ext.sharding import activations, traffic
 from t5x_inference_ext.sharding.activations import ACTIVATION_AXES, ActivationSharding
 from t5x_inference_ext.sharding.collective import Collective
 from t5x_inference_ext.sharding.columns import PackedPart
 from t5x_inference_ext.sharding.layout import Axes, Layout, check_pair, num_shards
-from t5x_inference_ext.sharding.packing import packed_tensors, tensor_dtype
+from t5x_inference_ext.sharding.packing import matrix_bytes, packed_tensors, tensor_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ExplainSetting:
     prefill, decode: The layouts of the phases.
     dtype: The dtype of activations and float weights, 'float32' or 'bfloat16'.
     cache: The dtype of the KV cache: a float dtype, 'int8', or None for `dtype`.
-    int8: Whether the matrices are int8.
+    weights: Format of the matrices (quantization.formats); float ones have `dtype`.
     stacked: Whether one array holds all layers.
     batch: Requested number of rows. As in a run, it is rounded up for the mesh.
     prompt_length: T of the prefill.
@@ -45,11 +46,16 @@ class ExplainSetting:
   decode: Layout = Layout()
   dtype: str = 'bfloat16'
   cache: str | None = None
-  int8: bool = False
+  weights: str = 'float32'
   stacked: bool = True
   batch: int = 1
   prompt_length: int = 1
   cache_length: int = 1
+
+  @property
+  def scaled(self) -> bool:
+    """Whether the matrices have scales."""
+    return weight_format(self.weights).quantized
 
   @property
   def rows(self) -> int:
@@ -153,7 +159,7 @@ def explain_setting(setting: ExplainSetting) -> Explanation:
   """
   s = setting
   check_pair(s.prefill, s.decode)
-  packed = packed_tensors(s.config, s.prefill, s.mesh, s.int8)
+  packed = packed_tensors(s.config, s.prefill, s.mesh, s.scaled)
   weights = tuple(
     _tensor(
       s,
@@ -161,7 +167,7 @@ def explain_setting(setting: ExplainSetting) -> Explanation:
       name,
       t.axes,
       t.shape,
-      tensor_dtype(t, 'int8' if s.int8 else s.dtype, s.dtype).name,
+      tensor_dtype(t, s.weights, s.dtype).name,
       per_layer=t.per_layer,
     )
     for name, t in packed.items()
@@ -202,8 +208,9 @@ def _phase(s: ExplainSetting, name: str, layout: Layout, length: int) -> Explain
   logits_axes = ('sampled_rows', 'whole_vocab')
   tensors.append(_tensor(s, split, 'logits', logits_axes, (rows, c.vocab_size), 'float32'))
   itemsize = jnp.dtype(s.dtype).itemsize
+  packed = packed_tensors(c, s.prefill, s.mesh, s.scaled)
   collectives = traffic.layer_collectives(
-    c, sharding, s.mesh, rows, length, itemsize, 1 if s.int8 else itemsize
+    *(c, sharding, s.mesh, rows, length, itemsize), matrix_bytes(packed, s.weights, s.dtype)
   )
   return ExplainedPhase(name, sharding, length, tuple(tensors), tuple(collectives))
 
@@ -237,5 +244,5 @@ def _tensor(
   mesh_axes = tuple(split.get(axis, ()) for axis in axes)
   count = math.prod(shape) // math.prod(num_shards(a, s.mesh) for a in mesh_axes)
   return ExplainedTensor(
-    name, axes, shape, dtype, mesh_axes, arrays, arrays * count * jnp.dtype(dtype).itemsize
+    name, axes, shape, dtype, mesh_axes, arrays, arrays * stored_size(count, dtype)
   )

@@ -117,7 +117,7 @@ def _heading(s: ExplainSetting, mesh: Mesh | None) -> Iterator[str]:
   yield from _wrap(f'model: {s.config}')
   yield f'mesh:  {shape_text(s.mesh)}, {num_shards(AXES, s.mesh)} devices{devices}{links}'
   rounded = f' ({s.batch} rounded up for the mesh)' if s.rows != s.batch else ''
-  weights, cache = 'int8' if s.int8 else s.dtype, s.cache or s.dtype
+  weights, cache = s.weights if s.scaled else s.dtype, s.cache or s.dtype
   yield from _wrap(
     f'pass:  B {s.rows}{rounded}, T {s.prompt_length} in prefill and 1 in decode, '
     f'S {s.cache_length}; {weights} weights, {s.dtype} activations, {cache} cache'

@@ -16,6 +16,7 @@ import numpy as np
 
 from t5x_inference_ext import params
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.quantization.formats import bits_of, weight_format
 from t5x_inference_ext.sharding.columns import (
   PackedPart,
   input_parts,
@@ -110,18 +111,36 @@ def tensor_dtype(tensor: PackedTensor, weights: str, compute: str) -> np.dtype:
 
   Args:
     tensor: One of packed_tensors.
-    weights: Dtype of the checkpoint's matrices. All values other than 'int8' mean float weights.
+    weights: Format of the checkpoint's matrices (quantization.formats). Float matrices take the
+      compute dtype. Of the matrices in one array, the one with the most bits decides.
     compute: The dtype of activations and float weights, 'float32' or 'bfloat16'.
   """
-  if tensor.kind == 'matrix' and weights == 'int8':
-    return np.dtype(np.int8)
+  if tensor.kind == 'matrix' and (found := weight_format(weights)).quantized:
+    return found.dtype(*(name for part in tensor.parts for name in part.names))
   if tensor.kind in ('matrix', 'embedding'):
     return _DTYPES[compute]
   return _DTYPES['float32']
 
 
+def matrix_bytes(
+  tensors: Mapping[str, PackedTensor], weights: str, compute: str
+) -> dict[str, float]:
+  """Return the bytes of a weight element of each array of matrices, by name.
+
+  Args:
+    tensors: Tensors by name, from packed_tensors.
+    weights: See tensor_dtype.
+    compute: See tensor_dtype.
+  """
+  return {
+    name: bits_of(tensor_dtype(tensor, weights, compute)) / 8
+    for name, tensor in tensors.items()
+    if tensor.kind == 'matrix'
+  }
+
+
 def packed_tensors(
-  config: ModelConfig, layout: Layout, mesh: Mapping[str, int], int8: bool
+  config: ModelConfig, layout: Layout, mesh: Mapping[str, int], scaled: bool
 ) -> dict[str, PackedTensor]:
   """Return the arrays on the devices by name: the field names of model/weights.py's Weights.
 
@@ -132,18 +151,18 @@ def packed_tensors(
     config: The model.
     layout: The layout of either phase; it decides the shardings.
     mesh: Axis name -> size.
-    int8: Whether the matrices are int8 with scales.
+    scaled: Whether the matrices have scales: int8 and int4 ones do.
 
   Raises:
     MeshError: The mesh does not divide the model.
   """
   sizes = tuple(mesh[a] for a in AXES)
-  return dict(_packed_tensors(config, layout, sizes, int8))
+  return dict(_packed_tensors(config, layout, sizes, scaled))
 
 
 @functools.lru_cache(maxsize=256)
 def _packed_tensors(
-  config: ModelConfig, layout: Layout, sizes: tuple[int, ...], int8: bool
+  config: ModelConfig, layout: Layout, sizes: tuple[int, ...], scaled: bool
 ) -> dict[str, PackedTensor]:
   mesh = dict(zip(AXES, sizes, strict=True))
   check_model(config, mesh)
@@ -185,7 +204,7 @@ def _packed_tensors(
     fields = {field: vector(name) for field, name in vectors.items()}
     fields['w_in'] = fused(columns)
     fields['w_out'] = fused(output_parts(config, block_part, shards))
-    if int8:
+    if scaled:
       fields['in_scale'] = fused(_scales_of(part, declared) for part in columns)
       fields['out_scale'] = vector(params.output_scale_name(block_part))
     tensors |= {f'{block_part.name}/{field}': tensor for field, tensor in fields.items()}
@@ -200,6 +219,6 @@ def _layer_shape(p: params.Parameter) -> tuple[bool, tuple[int, ...], tuple[str,
 
 
 def _scales_of(part: PackedPart, declared: Mapping[str, params.Parameter]) -> PackedPart:
-  """Return the part of the int8 scales that corresponds to a part of their matrices."""
+  """Return the part of the scales that corresponds to a part of their matrices."""
   names = tuple(str(declared[name].scale) for name in part.names)
   return dataclasses.replace(part, names=names)

@@ -12,7 +12,7 @@ from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.params import norm_names, post_norm_names
 from t5x_inference_ext.sharding.activations import ActivationSharding, sampling_axes
 from t5x_inference_ext.sharding.attention_traffic import from_attention, head_norms, to_attention
-from t5x_inference_ext.sharding.collective import FLOAT32, INT32, Collective, Pass
+from t5x_inference_ext.sharding.collective import FLOAT32, INT32, Collective, Pass, WeightBytes
 from t5x_inference_ext.sharding.heads import vocabulary_rows
 from t5x_inference_ext.sharding.layout import Axes, Layout
 
@@ -24,7 +24,7 @@ def layer_collectives(
   batch: int,
   length: int,
   activation_bytes: int = 2,
-  weight_bytes: int = 2,
+  weight_bytes: WeightBytes = 2,
 ) -> list[Collective]:
   """Return the collectives of one layer, block part by block part.
 
@@ -38,7 +38,8 @@ def layer_collectives(
     batch: B.
     length: T; 1 for a decode step.
     activation_bytes: Bytes of an activation element: 4 or 2.
-    weight_bytes: Bytes of a weight element: 4, 2, or 1 for int8 with float32 scales.
+    weight_bytes: Bytes of a weight element (WeightBytes): 4, 2, or with float32 scales 1 for int8
+      and 0.5 for int4.
   """
   p = Pass(config, sharding.layout, mesh, batch * length, activation_bytes, weight_bytes)
   embed = p.layout.embed_axes
@@ -74,7 +75,7 @@ def feedforward_collectives(
   mesh: Mapping[str, int],
   tokens: int,
   activation_bytes: int = 2,
-  weight_bytes: int = 2,
+  weight_bytes: WeightBytes = 2,
 ) -> list[Collective]:
   """Return the collectives of an MLP alone, without its norm: the paper's appendix A.2.
 
@@ -87,7 +88,8 @@ def feedforward_collectives(
     mesh: Axis name -> size.
     tokens: B L.
     activation_bytes: Bytes of an activation element: 4 or 2.
-    weight_bytes: Bytes of a weight element: 4, 2, or 1 for int8 with float32 scales.
+    weight_bytes: Bytes of a weight element (WeightBytes): 4, 2, or with float32 scales 1 for int8
+      and 0.5 for int4.
 
   Raises:
     ValueError: The tokens do not divide over the devices that split them.
@@ -231,11 +233,12 @@ def _into_columns(p: Pass, part: BlockPart, whole: bool = False) -> list[Collect
   collectives = p.activations('input', 'all_gather', axes, p.tokens * features, looped=not gathered)
   if p.config.has_two_norms(part) and collectives and collectives[0].directions:
     collectives *= 2  # one ring for each norm; without rings, one gather serves both norms
+  weight = p.weight_width(part, 'w_in')
   for name, width in p.columns(part).items():
     collectives += p.collective(
-      f'weights: {name}', 'all_gather', gathered, features * width, p.weight, looped=True
+      f'weights: {name}', 'all_gather', gathered, features * width, weight, looped=True
     )
-    if p.weight == 1:
+    if weight <= 1:
       scales = tuple(a for a in layout.stored_hidden if a in gathered)
       collectives += p.collective(f'scales: {name}', 'all_gather', scales, width, FLOAT32)
   return collectives
@@ -254,9 +257,8 @@ def _out_of_columns(p: Pass, part: BlockPart, whole: bool = False) -> list[Colle
   collectives: list[Collective] = []
   for name, width in p.rows(part).items():
     what = f'weights: {name.replace("_", " ")}'
-    collectives += p.collective(
-      what, 'all_gather', gathered, width * features, p.weight, looped=True
-    )
+    weight = p.weight_width(part, 'w_out')
+    collectives += p.collective(what, 'all_gather', gathered, width * features, weight, looped=True)
   kind = 'all_reduce' if whole else 'reduce_scatter'
   return collectives + p.activations(
     'output', kind, layout.hidden_axes, p.tokens * features, looped=not gathered

@@ -10,6 +10,7 @@ from t5x import partitioning
 
 from t5x_inference_ext.checkpoints.load import load_tensor
 from t5x_inference_ext.errors import CheckpointError, MeshError
+from t5x_inference_ext.quantization.formats import weight_format
 from t5x_inference_ext.sharding.mesh import AXES, mesh_text
 from t5x_inference_ext.t5x.models import InferenceModel
 from t5x_inference_ext.t5x.module import Declaration, ParamPath, declarations
@@ -19,7 +20,7 @@ from t5x_inference_ext.t5x.partitioning import partitioner_rules
 def restore_train_state(
   path: str, model: InferenceModel, train_state: Any, partitioner: partitioning.BasePartitioner
 ) -> Any:
-  """Load a checkpoint's weights in the model's dtype; int8 weights stay int8.
+  """Load a checkpoint's weights in the model's dtype; quantized weights stay as they are.
 
   Args:
     path: Directory of a serving checkpoint or of a T5X checkpoint. Its name may be any, not only
@@ -45,14 +46,16 @@ def restore_train_state(
   checkpoint = model.open_checkpoint(path, config=model.model.config)
   for note in model.notes or checkpoint.notes:
     logging.info('%s', note)
-  int8 = checkpoint.weights == 'int8'
-  if int8 != model.module.int8:
-    kinds = ('int8' if int8 else 'float', 'int8' if model.module.int8 else 'float')
+  weights = checkpoint.weights
+  kinds = tuple(
+    kind if weight_format(kind).quantized else 'float' for kind in (weights, model.module.weights)
+  )
+  if kinds[0] != kinds[1]:
     raise CheckpointError(
       f'{checkpoint.path} holds {kinds[0]} weights, but the model was built for {kinds[1]}: '
       'build it from the same checkpoint (in gin, InferenceModel.checkpoint)'
     )
-  declared = declarations(model.model, int8, model.module.scan_layers)
+  declared = declarations(model.model, weights, model.module.scan_layers)
   _check_state(traverse_util.flatten_dict(state['target']), declared, checkpoint.path)
   params = {
     name: load_tensor(checkpoint, model.model, d.tensor, d.layers) for name, d in declared.items()

@@ -121,6 +121,7 @@ class InferenceModel(ShardedDecoder):
       models.DecoderOnlyModel.predict_batch_with_aux, 'return_all_decodes', 'num_decodes'
     )
     bos_id: int | None = BOS_ID
+    weights = 'int8' if int8 else dtype
     self.notes: tuple[str, ...] = ()  # assumptions about the checkpoint, to log
 
     def open_with_conventions(path: str, config: ModelConfig | None = None) -> Checkpoint:
@@ -130,7 +131,7 @@ class InferenceModel(ShardedDecoder):
     self.open_checkpoint = open_with_conventions
     if checkpoint is not None:
       opened = self.open_checkpoint(checkpoint, config=config)
-      config, int8 = opened.config, opened.weights == 'int8'
+      config, weights = opened.config, opened.weights
       self.notes, bos_id = opened.notes, opened.bos_id
       if vocabulary.eos_id not in opened.end_ids:
         logging.warning(
@@ -165,7 +166,7 @@ class InferenceModel(ShardedDecoder):
       refill = refill.with_defaults(decode_options(decode_fn))
       self._predictor = Predictor(model, refill, vocabulary.eos_id or EOS_ID, bos_id)
     platform = model.mesh.devices.flat[0].platform
-    module = InferenceModule(model, int8, scans_layers(config.num_layers, scan_layers, platform))
+    module = InferenceModule(model, weights, scans_layers(config.num_layers, scan_layers, platform))
     super().__init__(module, vocabulary, decode_fn, inputs_length, bos_id, feature_converter_cls)
 
   @property

@@ -18,6 +18,8 @@ import numpy as np
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import BlockPartWeights, LayerWeights, Weights
 from t5x_inference_ext.params import LAYERS_AXIS
+from t5x_inference_ext.quantization.formats import is_quantized, weight_format
+from t5x_inference_ext.quantization.rounding import largest_unit
 from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, tensor_dtype
 from t5x_inference_ext.t5x.types import Params
 
@@ -64,18 +66,19 @@ class Declaration:
       return jnp.zeros(self.shape, self.dtype)
     if kind == 'scale':  # uniform int8 values have a standard deviation of 73
       return jnp.full(self.shape, self.shape[-1] ** -0.5 / 73, self.dtype)
-    if self.dtype == np.int8:
-      return jax.random.randint(key, self.shape, -127, 128, jnp.int8)
+    if is_quantized(self.dtype):
+      unit = largest_unit(self.dtype)
+      return jax.random.randint(key, self.shape, -unit, unit + 1, jnp.int8).astype(self.dtype)
     deviation = 1.0 if kind == 'embedding' else fan_in**-0.5
     return jax.random.normal(key, self.shape, self.dtype) * deviation
 
 
-def declarations(model: Model, int8: bool, stacked: bool) -> dict[ParamPath, Declaration]:
+def declarations(model: Model, weights: str, stacked: bool) -> dict[ParamPath, Declaration]:
   """Return the declarations of a model's parameters, by path in T5X's tree.
 
   Args:
     model: The model.
-    int8: Whether the matrices are int8.
+    weights: Format of the matrices (quantization.formats).
     stacked: Whether one array holds all layers.
 
   Raises:
@@ -85,10 +88,12 @@ def declarations(model: Model, int8: bool, stacked: bool) -> dict[ParamPath, Dec
   groups: dict[ParamPath, slice | int] = {(f'{STACK}_{i}',): i for i in range(count)}
   if stacked:
     groups = {(STACK,): slice(0, count)}
-  tensors = packed_tensors(model.config, model.prefill_layout, model.mesh.shape, int8)
+  tensors = packed_tensors(
+    model.config, model.prefill_layout, model.mesh.shape, weight_format(weights).quantized
+  )
   declared = {}
   for name, tensor in tensors.items():
-    dtype = tensor_dtype(tensor, 'int8' if int8 else 'float', model.dtype)
+    dtype = tensor_dtype(tensor, weights, model.dtype)
     for path, layers in (groups if tensor.per_layer else {(): None}).items():
       declared[*path, *name.split('/')] = Declaration(tensor, layers, dtype)
   return declared
@@ -138,15 +143,15 @@ class InferenceModule(nn.Module):
 
   Attributes:
     model: Model. Its config, mesh and layouts determine the parameters.
-    int8: Whether the matrices are int8.
+    weights: Format of the matrices (quantization.formats).
     scan_layers: Whether one array holds all layers. T5X reads this to find the batch axis of the KV
       cache.
   """
 
   model: Model
-  int8: bool
+  weights: str
   scan_layers: bool
 
   @nn.compact
   def __call__(self) -> None:
-    _declare(declarations(self.model, self.int8, self.scan_layers).items())
+    _declare(declarations(self.model, self.weights, self.scan_layers).items())

@@ -76,7 +76,7 @@ def test_other_shapes_are_no_falcons(field, value):
 def test_programs_agree_and_start_over(kind, scan_layers):
   """Steps timed alone give what a whole generation gives, also when they run again."""
   own = RandomModel.make(TINY, kind, scan_layers)
-  assert own.weights.is_int8 == (kind == 'int8') and own.weights.stacked == scan_layers
+  assert own.weights.quantized == (kind == 'int8') and own.weights.stacked == scan_layers
   programs = own.programs(batch=3, prompt=6, new_tokens=5)
   tokens = np.asarray(programs.generate())
   assert tokens.shape == (3, 5) and len(np.unique(tokens)) > 6  # so that equal means something

@@ -1,6 +1,7 @@
 """Conversion: contents against a numpy oracle, exact copies, errors, and never half a directory."""
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -216,8 +217,8 @@ def test_output_that_cannot_be_written(source, tmp_path):
 
 
 def test_unknown_weights(source, tmp_path):
-  with pytest.raises(UserError, match='int8, bfloat16'):
-    convert.convert(source, tmp_path / 'out', 'int4')
+  with pytest.raises(UserError, match='int8, int4, bfloat16'):
+    convert.convert(source, tmp_path / 'out', 'int2')
 
 
 def test_damaged_source_leaves_nothing_that_looks_finished(source, tmp_path):
@@ -318,3 +319,64 @@ def test_progress_adds_up(source, tmp_path):
   )
   for steps in done.values():
     assert sum(n for n, _ in steps) == steps[0][1]
+
+
+@pytest.mark.parametrize('workers', [1, 4])
+def test_int4_contents(source, tmp_path, chunking, workers):
+  """Each channel's scale has the least squared error of all that are searched; two to a byte."""
+  report = convert.convert(source, tmp_path / 'out', 'int4', workers=workers)
+  opened = open_checkpoint(tmp_path / 'out')
+  out, int4 = read(tmp_path / 'out'), np.dtype(ml_dtypes.int4)
+  assert opened.weights == 'int4' and len(MATRICES) == 7
+  together = {}  # scale -> its matrices
+  for name in MATRICES:
+    together.setdefault(params.parameters(synthetic.CONFIG)[name].scale, []).append(name)
+  for scale, names in together.items():
+    w = np.concatenate([VALUES[name] for name in names], axis=1).astype(np.float64)
+    whole = np.maximum(np.abs(w).max(1), 1e-30) / 7  # [L, out]
+    errors = []
+    for sign, k in itertools.product((1, -1), range(24)):
+      s = sign * (whole * (1 - k / 32))[:, None, :]
+      errors.append(np.square(np.clip(np.rint(w / s), -8, 7) * s - w).sum(1))
+    written = np.concatenate([out[name].astype(np.float64) for name in names], axis=1)
+    found = np.square(written * out[scale][:, None, :] - w).sum(1)
+    np.testing.assert_allclose(found, np.min(errors, axis=0), rtol=1e-4, atol=1e-12)
+    assert (np.abs(out[scale]) < 0.99 * whole)[w.any(1)].any()  # some channels are clipped
+    assert (out[scale] < 0).any() and (out[scale] > 0).any()  # either side has the eighth unit
+  for name in MATRICES:
+    assert out[name].dtype == int4
+    scale = out[params.parameters(synthetic.CONFIG)[name].scale][:, None, :]
+    error = np.abs(out[name].astype(np.float32) * scale - VALUES[name])
+    np.testing.assert_allclose(
+      report.errors[name].relative, np.linalg.norm(error) / np.linalg.norm(VALUES[name]), rtol=1e-5
+    )
+    rows = VALUES[name].shape[1]
+    chunks = [p for p in (tmp_path / 'out' / name).iterdir() if p.name != '.zarray']
+    values = out[name].size
+    assert values // 2 <= sum(p.stat().st_size for p in chunks) <= values * (1 + 20 / rows)
+    np.testing.assert_array_equal(  # any rows, across bytes and chunks
+      opened.tensors[name].read((slice(1, 2), slice(1, rows - 2))), out[name][1:2, 1 : rows - 2]
+    )
+
+
+@pytest.mark.parametrize('output', ['int8', 'int4', 'bfloat16', 't5x_int8', 't5x_float'])
+def test_int4_as_a_source(source, tmp_path, chunking, output):
+  """Wider integers hold the same units, floats the same weights; nothing is rounded twice."""
+  convert.convert(source, tmp_path / 'int4', 'int4', bits='gate:8')
+  before = read(tmp_path / 'int4')
+  if output == 'int4':
+    with pytest.raises(UserError, match='holds gate in int8: rounding it again to int4'):
+      convert.convert(tmp_path / 'int4', tmp_path / 'out', 'int4')
+  options = {'format': output} if output.startswith('t5x') else {'weights': output}
+  options |= {'bits': 'gate:8'} if output == 'int4' else {}
+  convert.convert(tmp_path / 'int4', tmp_path / 'out', **options)
+  config = synthetic.CONFIG if output.startswith('t5x') else None
+  after = {n: t.read() for n, t in open_checkpoint(tmp_path / 'out', config=config).tensors.items()}
+  for name in MATRICES:
+    scale = params.parameters(synthetic.CONFIG)[name].scale
+    if 'int' in output:
+      np.testing.assert_array_equal(after[name].astype(int), before[name].astype(int))
+      np.testing.assert_allclose(after[scale], before[scale], rtol=1e-6)
+    else:
+      weights = before[name].astype(np.float32) * before[scale][:, None, :]
+      np.testing.assert_allclose(after[name].astype(np.float32), weights, rtol=2**-8)

@@ -1,6 +1,6 @@
 """Convert again and again in children that are killed, or whose disk fails; print what came of it.
 
-  python fault_program.py SOURCE SCRATCH kills SEED COUNT
+  python fault_program.py SOURCE SCRATCH kills SEED COUNT [WEIGHTS]
   python fault_program.py SOURCE SCRATCH shard_kills SEED COUNT
   python fault_program.py SOURCE SCRATCH errors
 
@@ -291,9 +291,11 @@ if __name__ == '__main__':
   os.chdir(scratch_directory)
   if not os.path.exists(os.path.join(sys.argv[1], 'checkpoint')):
     OPTIONS['slice_bytes'] = SLICE_BYTES
+  if sys.argv[6:]:
+    OPTIONS['weights'] = sys.argv[6]
   if sys.argv[3] in ('kills', 'shard_kills'):
     print(
-      json.dumps(globals()[sys.argv[3]](sys.argv[1], scratch_directory, *map(int, sys.argv[4:])))
+      json.dumps(globals()[sys.argv[3]](sys.argv[1], scratch_directory, *map(int, sys.argv[4:6])))
     )
   else:
     print(json.dumps(errors(sys.argv[1], scratch_directory)))

@@ -57,9 +57,13 @@ def run(tmp_path, repository, testdata, request):
   return program
 
 
-@pytest.mark.parametrize('run', ['T5X', 'safetensors', 'GGUF'], indirect=True)
-def test_kills(run):
-  result = run('kills', 0, KILLS)
+@pytest.mark.parametrize(
+  'run, weights',
+  [('T5X', 'int8'), ('T5X', 'int4'), ('safetensors', 'int8'), ('GGUF', 'int8')],
+  indirect=['run'],
+)
+def test_kills(run, weights):
+  result = run('kills', 0, KILLS, weights)
   assert result['kills'] >= KILLS and result['resumed'] >= KILLS // 4, result
   assert result['finished'] >= 2
   for name in ('different', 'partial_loads', 'lost'):

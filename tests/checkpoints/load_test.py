@@ -113,7 +113,7 @@ def test_dtypes_of_float_weights(dtype):
   layer = weights.layers[0]['parallel']
   assert {str(x.dtype) for x in (weights.embedding, layer.w_in, layer.w_out)} == {dtype}
   assert weights.final_norm.dtype == layer.norm.dtype == np.float32
-  assert layer.in_scale is None and layer.out_scale is None and not weights.is_int8
+  assert layer.in_scale is None and layer.out_scale is None and not weights.quantized
   wanted = TENSORS['embedding'].astype(
     {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}[dtype]
   )
@@ -125,7 +125,7 @@ def test_int8_stays_int8(dtype):
   arrays = reference.quantized(CONFIG, TENSORS)
   weights = load_weights(checkpoint(arrays), model('1x1x1', dtype=dtype))
   layer = weights.layers[2]['parallel']
-  assert weights.is_int8 and layer.w_in.dtype == layer.w_out.dtype == np.int8
+  assert weights.quantized and layer.w_in.dtype == layer.w_out.dtype == np.int8
   assert layer.in_scale.dtype == layer.out_scale.dtype == np.float32
   assert str(weights.embedding.dtype) == dtype
   names = ('gate', 'linear', 'query', 'key', 'value')

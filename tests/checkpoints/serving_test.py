@@ -89,8 +89,8 @@ def test_chunks_are_of_one_layer_and_bounded(name, weights):
   assert len(tensors) > 8
   whole = {n for n, p in parameters(preset(name)).items() if p.axes[0] != LAYERS_AXIS}
   for tensor, (shape, dtype) in tensors.items():
-    itemsize = 1 if dtype == 'int8' else 2 if dtype == 'bfloat16' else 4
-    chunk = serving.serving_chunk_shape(tensor, shape, itemsize)
+    itemsize = {'int4': 0.5, 'int8': 1, 'bfloat16': 2, 'float32': 4}[dtype]
+    chunk = serving.serving_chunk_shape(tensor, shape, dtype)
     assert len(chunk) == len(shape) and int(np.prod(chunk)) * itemsize <= 64 * 2**20
     assert tensor in whole or chunk[0] == 1
     assert all(c <= n for c, n in zip(chunk, shape))

@@ -179,7 +179,7 @@ def test_squared_errors_are_what_they_say():
   w[:, 0] *= 1.5  # outliers, that are worth clipping
   scale = rounding.scales_of(rounding.largest(w))
   errors = rounding.squared_errors(w, scale)
-  for i, factor in enumerate(rounding.SEARCHED):
+  for i, factor in enumerate(rounding.searched(np.dtype(np.int8))):
     s = (scale * np.float32(factor)).astype(np.float32)
     exact = np.square(rounding.dequantize(to_int8(w, s), s[:, None]).astype(np.float64) - w).sum(1)
     np.testing.assert_allclose(

@@ -22,16 +22,18 @@ def root(tmp_path_factory):
   root = tmp_path_factory.mktemp('verify')
   synthetic.write_legacy(root / 'source', synthetic.fused(VALUES))
   values = {name: v.copy() for name, v in VALUES.items()}
-  values['gate'][1, 2, 3] *= -1
+  largest = np.argmax(np.abs(values['gate'][1, :, 3]))  # not rounded to 0
+  values['gate'][1, largest, 3] *= -1
   synthetic.write_legacy(root / 'other', synthetic.fused(values))
   convert.convert(root / 'source', root / 'serving', scale_search='mse')
   convert.convert(root / 'source', root / 'bfloat16', 'bfloat16')
+  convert.convert(root / 'source', root / 'int4', 'int4', bits='query:8')
   for form in ('t5x_int8', 't5x_float'):
     convert.convert(root / 'source', root / form, format=form)
   return root
 
 
-FORMATS = ('serving', 'bfloat16', 't5x_int8', 't5x_float')
+FORMATS = ('serving', 'bfloat16', 'int4', 't5x_int8', 't5x_float')
 
 
 @pytest.mark.parametrize('form', FORMATS)

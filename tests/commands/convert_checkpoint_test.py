@@ -168,7 +168,7 @@ def test_sizes_of_slices_and_of_what_is_held(palm_tiny, tmp_path, capsys, gin):
   [
     ([], '--input, --output, --weights not given'),
     (['--input=a', '--output=b'], '--weights not given'),
-    (['--input=a', '--output=b', '--weights=int4'], 'int4'),
+    (['--input=a', '--output=b', '--weights=int2'], 'int2'),
     (
       ['--input=a', '--gin_file=t5x_inference_ext/configs/runs/convert.gin'],
       '--input and gin flags',

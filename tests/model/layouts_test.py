@@ -50,6 +50,9 @@ TILES = {
   'multiquery-cut': ModelConfig(num_heads=6, **{**_SIZES, 'd_head': 256}),
 }
 
+# int4 with int8 outputs: in a parallel block, both share a scale.
+MIXED_BITS = 'int4,attention_output:8,mlp_output:8'
+
 STEPS = 4
 MAX_ROWS = 24
 
@@ -125,11 +128,14 @@ def cases() -> list[Case]:
     out.append(Case(models[(i + 2) % 6], layout, layout, 8, '8x1x1', 5))
     if not Layout.parse(layout).gathered_axes:
       out.append(Case(models[(i + 3) % 6], layout, layout, 1 + i % 2, '8x1x1', 8))
-    # Looped collectives, each kind in each phase, and int8, in both blocks.
+    # Looped collectives, each kind in each phase, and int8 and int4, in both blocks.
     one, two = f'{layout}/one_way', f'{layout}/two_way'
     out.append(Case(models[i % 2], one, two, 8))
     out.append(Case(models[2 + i % 4], two, one, 8, weights='int8'))
     out.append(Case(models[(i + 1) % 6], layout, layout, 16, weights='int8', stacked=i % 2 == 0))
+    out.append(Case(models[(i + 1) % 2], two, one, 8, weights='int4', stacked=i % 2 == 0))
+    out.append(Case(models[2 + i % 4], layout, layout, 16, weights='int4', stacked=i % 2 == 1))
+    out.append(Case(models[2 + (i + 1) % 4], layout, two, 8, weights=MIXED_BITS))
   out += [
     Case(models[i % 6], prefill, decode, rows, prompt_size=size)
     for i, (prefill, decode, rows, size) in enumerate(MIXED)
@@ -168,14 +174,14 @@ def config_of(model: str) -> ModelConfig:
 @functools.cache
 def tensors(model: str, weights: str) -> dict[str, np.ndarray]:
   made = reference.random_tensors(config_of(model))
-  return reference.quantized(config_of(model), made) if weights == 'int8' else made
+  return reference.quantized(config_of(model), made, weights) if 'int' in weights else made
 
 
 @functools.cache
 def expected(model: str, weights: str) -> memory.Greedy:
   config, made = config_of(model), tensors(model, weights)
   return memory.greedy(
-    config, reference.dequantized(config, made) if weights == 'int8' else made, MAX_ROWS, STEPS
+    config, reference.dequantized(config, made) if 'int' in weights else made, MAX_ROWS, STEPS
   )
 
 
@@ -193,15 +199,27 @@ def load(case: Case, dtype: str = 'float32'):
 
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_logits_and_greedy_tokens(case):
-  """The reference has the weights that int8 stands for. The largest measured error is 2e-6."""
+  """The reference has the weights that int8 and int4 stand for. Errors are at most 2e-6."""
   wanted = expected(case.model, case.weights).first(case.rows)
   engine = load(case)
-  assert (
-    engine.weights.is_int8 == (case.weights == 'int8') and engine.weights.stacked == case.stacked
-  )
+  assert engine.weights.quantized == ('int' in case.weights)
+  assert engine.weights.stacked == case.stacked
+  check_dtypes(engine.weights, case.weights)
   found = memory.decode(engine, wanted, case.prompt_size)
   np.testing.assert_array_equal(found.chosen, wanted.chosen)
   np.testing.assert_allclose(found.logits, wanted.logits, rtol=0, atol=1e-4)
+
+
+def check_dtypes(weights, name: str) -> None:
+  """Assert that the matrices are on the devices in the dtypes that a format names."""
+  found = {
+    (field, str(getattr(part, field).dtype))
+    for layer in ([weights.layers] if weights.stacked else weights.layers)
+    for part in layer.values()
+    for field in ('w_in', 'w_out')
+  }
+  usual = name.partition(',')[0]
+  assert found == {('w_in', usual), ('w_out', 'int8' if ',' in name else usual)}
 
 
 def test_the_cases_have_every_value_of_every_layout():
@@ -217,10 +235,11 @@ def test_the_cases_have_every_value_of_every_layout():
     assert {getattr(c, phase) for c in mine} == {layout, f'{layout}/one_way', f'{layout}/two_way'}
     assert {c.model for c in mine} >= set(MODELS)
     assert {c.mesh for c in mine} == {'2x2x2', '1x2x4', '8x1x1'}
-    assert {c.weights for c in mine} == {'float32', 'int8'}
+    assert {c.weights for c in mine} == {'float32', 'int8', 'int4', MIXED_BITS}
     assert {c.stacked for c in mine} == {False, True}
-    # Int8 in both blocks, and another layout in the other phase.
-    assert len({config_of(c.model).block for c in mine if c.weights == 'int8'}) == 2
+    # int8 and int4 in both blocks, and another layout in the other phase.
+    for weights in ('int8', 'int4'):
+      assert len({config_of(c.model).block for c in mine if c.weights == weights}) == 2
     assert any(c.prefill.split('/')[:2] != c.decode.split('/')[:2] for c in mine)
     # Batches that fill the mesh, and where they can be: some axes, and none.
     rows = {c.rows for c in mine if c.mesh == '2x2x2'}

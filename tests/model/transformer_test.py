@@ -110,7 +110,7 @@ def test_int8_equals_the_float_model_it_stands_for(mesh):
   assert np.abs(wanted - expected(config, 8)).max() > 1e-3
   for stacked in (False, True):
     engine = memory.engine(config, int8, mesh, stacked=stacked)
-    assert engine.weights.is_int8
+    assert engine.weights.quantized
     np.testing.assert_allclose(engine.logits(tokens), wanted, rtol=0, atol=1e-4)
 
 

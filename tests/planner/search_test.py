@@ -328,7 +328,7 @@ def test_a_model_that_no_machine_divides_is_refused():
   [
     (dict(batch=0), 'batch must be'),
     (dict(input_length=0), 'input_length must be'),
-    (dict(weights='int4'), 'weights must'),
+    (dict(weights='int2'), 'weights must'),
     (dict(output_length=-1), 'output_length must be'),
     (dict(convention='wires'), 'convention must be one of torus, paper'),
   ],

@@ -71,7 +71,15 @@ def test_report_with_tokens(palm_tiny, golden, int8, tmp_path, capsys):
   assert (
     report['errors']['layer_norm']['relative'] == 0 < report['errors']['query']['relative'] < 0.01
   )
+  alone = report['losses_of_tensors']
+  assert set(alone) == {'query', 'key', 'value', 'gate', 'linear', 'attention_output', 'mlp_output'}
+  source_loss, int8_loss = (report['losses'][n] for n in ('source, float32', 'output, int8'))
+  together = sum(each - source_loss for each in alone.values())
+  assert all(each != source_loss for each in alone.values())
+  # The losses of small independent changes add up, and the embedding's rounding is not in the sum.
+  assert abs(together - (int8_loss - source_loss)) < 2e-4
   table = (tmp_path / 'report' / 'report.txt').read_text()
+  assert 'rounded alone' in table and 'mlp_output, int8' in table
   assert 'Frobenius' in table and 'output, int8, int8 cache' in table
   assert (tmp_path / 'report' / 'report.png').read_bytes().startswith(b'\x89PNG')
 

@@ -53,7 +53,7 @@ def test_weights(config, layout):
   """With the rules of a phase in front as without: those name no weights."""
   config = CONFIGS[config]
   sharding = shard_activations(layout, config, MESH, 8, 8)
-  for name, tensor in packed_tensors(config, layout, MESH, int8=True).items():
+  for name, tensor in packed_tensors(config, layout, MESH, scaled=True).items():
     assert len(tensor.axes) == len(tensor.shape)
     for rules in (logical_axis_rules(layout), phase_rules(layout, sharding)):
       assert _spec(tensor.axes, rules) == _trimmed(tensor.spec), name

@@ -22,7 +22,7 @@ MODELS = {
 def test_widths_are_those_of_the_arrays(name, layout):
   config, mesh = MODELS[name], dict(x=2, y=8, z=4)
   shards = 64 if layout == 'ws_1d' else 32
-  tensors = packed_tensors(config, Layout(layout), mesh, int8=True)
+  tensors = packed_tensors(config, Layout(layout), mesh, scaled=True)
   stored = stored_heads(config, shards)
   for part in config.block_parts:
     columns, rows = column_widths(config, part, shards), row_widths(config, part, shards)

@@ -51,7 +51,7 @@ def setting(
 
 def engine(s: ExplainSetting):
   tensors = reference.random_tensors(s.config)
-  if s.int8:
+  if s.scaled:
     tensors = reference.quantized(s.config, tensors)
   return memory.engine(
     s.config,
@@ -101,11 +101,11 @@ CASES = [
     '2x2x2',
     'wg_xyz/batch',
     'ws_2d/batch',
-    dict(batch=8, int8=True, dtype='bfloat16'),
+    dict(batch=8, weights='int8', dtype='bfloat16'),
   ),
   ('multiquery', '1x2x4', 'ws_1d/batch', 'ws_1d/heads', dict(batch=3, stacked=False)),
-  ('grouped', '2x2x2', 'wg_x/heads', 'ws_2d/batch', dict(batch=2, int8=True)),
-  ('grouped', '8x1x1', 'ws_2d/heads', 'ws_2d/heads', dict(batch=1, stacked=False, int8=True)),
+  ('grouped', '2x2x2', 'wg_x/heads', 'ws_2d/batch', dict(batch=2, weights='int8')),
+  ('grouped', '8x1x1', 'ws_2d/heads', 'ws_2d/heads', dict(batch=1, stacked=False, weights='int8')),
   ('multihead', '2x2x2', 'wg_xy/batch/one_way', 'wg_x/heads', dict(batch=4, dtype='bfloat16')),
   ('multihead', '1x1x1', 'ws_2d/batch', 'ws_2d/batch', dict(batch=2)),
   ('grouped', '2x2x2', 'wg_x/batch', 'ws_2d/heads', dict(batch=2, cache='int8', dtype='bfloat16')),

@@ -3,10 +3,12 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from t5x import utils
 
-from t5x_inference_ext import config
+from t5x_inference_ext import Engine, config
+from t5x_inference_ext.checkpoints import convert
 from t5x_inference_ext.errors import CheckpointError, MeshError
 from t5x_inference_ext.t5x.checkpoints import (
   InferenceCheckpointer,
@@ -87,6 +89,24 @@ def test_int8_where_float_was_expected(palm_tiny, int8_checkpoint):
     CheckpointError, match='holds float weights, but the model was built for int8'
   ):
     _restore(palm_tiny, running.adapter_model(int8_checkpoint, MESH))
+
+
+def test_int4(palm_tiny, tmp_path):
+  """The matrices stay int4, and the logits are those of the engine."""
+  convert(palm_tiny, tmp_path / 'int4', 'int4', bits='mlp_output:8')
+  model = running.adapter_model(tmp_path / 'int4', MESH)
+  params = _restore(tmp_path / 'int4', model).params
+  found = {x.dtype.name for x in jax.tree.leaves(params)}
+  assert found == {'int4', 'int8', 'float32'}
+  tokens = np.random.default_rng(0).integers(2, 258, (8, 16))
+  tokens[:, 0] = 0
+  logits = jax.jit(model._compute_logits)(params, {'decoder_input_tokens': tokens})
+  engine = Engine.load(tmp_path / 'int4', mesh='1x1x1', dtype='float32')
+  targets = np.roll(tokens, -1, 1)
+  own = np.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+  np.testing.assert_allclose(own[:, :-1], engine.score(tokens, targets)[:, :-1], atol=1e-4)
+  with pytest.raises(CheckpointError, match='holds int4.*, but the model was built for float'):
+    _restore(tmp_path / 'int4', running.adapter_model(palm_tiny, MESH))
 
 
 def test_partitioner_on_another_mesh(palm_tiny):

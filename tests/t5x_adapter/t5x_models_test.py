@@ -53,9 +53,11 @@ def state_of(palm_tiny, int8_checkpoint):
   states = {}
 
   def state(model):
-    key = (model.model, model.module.int8, model.module.scan_layers)
+    key = (model.model, model.module.weights, model.module.scan_layers)
     if key not in states:
-      states[key] = running.restored(model, int8_checkpoint if model.module.int8 else palm_tiny)
+      states[key] = running.restored(
+        model, int8_checkpoint if model.module.weights == 'int8' else palm_tiny
+      )
     return states[key]
 
   return state

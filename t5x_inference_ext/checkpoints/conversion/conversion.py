@@ -39,6 +39,7 @@ from t5x_inference_ext.checkpoints.conversion.work_directory import SYNCED, Work
 from t5x_inference_ext.checkpoints.tensor import Bounds
 from t5x_inference_ext.checkpoints.workers import worker_count
 from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.quantization.formats import weight_format
 from t5x_inference_ext.text_format import megabytes
 
 # Estimated memory: _BASE_BYTES for Python, numpy and tensorstore, and _BLOCKS_A_WORKER blocks per
@@ -71,9 +72,11 @@ class Conversion:
   ) -> None:
     self.source, self._options = source, options
     self.workers = worker_count(options.workers)
-    record = conversion_record(source, options.scale_search)
+    record = conversion_record(source, options.search)
     self.output = make_output(source, directory, options, record)
-    self._finds_scales = self.output.weights == 'int8' and source.weights != 'int8'
+    self._finds_scales = (
+      weight_format(self.output.weights).quantized and not weight_format(source.weights).quantized
+    )
     arrays = [SourceArray(a.tensor.uncached(), a.arrangement) for a in source.arrays]
     self.plan = ConversionPlan(arrays, source.config, self._finds_scales, options.slice_size)
     self._total = sum(a.tensor.nbytes for a in arrays)
@@ -106,7 +109,7 @@ class Conversion:
     scaled = (self.plan.nbytes(s) for s in self.plan.slices if s.scaled)
     again = sum(max(0, nbytes - self._options.held_size) for nbytes in scaled)
     if again:
-      times = 'a third time' if self._options.scale_search == 'mse' else 'twice'
+      times = 'a third time' if self._options.search == 'mse' else 'twice'
       yield (
         f'{megabytes(again)} of {megabytes(self._total)} are read {times}: columns of chunks are '
         'larger than hold_bytes'
@@ -181,7 +184,7 @@ class Conversion:
       work.record({SYNCED: True})
 
   def _convert(self, numbers: Iterable[int], put: PutWrites, finished: Finished) -> None:
-    search = self._options.scale_search == 'mse'
+    search = self._options.search == 'mse'
     budget = MemoryBudget(self._options.held_size)
     context = SliceContext(
       self.source, self.output, self.plan, put, budget, search, self._report_progress, finished
@@ -237,7 +240,7 @@ class Conversion:
 
 
 class ScalesWork:
-  """The last slice: the scales of weights that were int8 in the source, if any. A PipelineWork."""
+  """The last slice: the scales of weights quantized in the source, if any. A PipelineWork."""
 
   def __init__(self, context: SliceContext) -> None:
     self._context, self._sums, self._started = context, WrittenSums(context), False
@@ -253,14 +256,15 @@ class ScalesWork:
       self._sums.finish(len(context.plan.slices), {})
       return None
     self._started = True
-    names = params.scales(context.source.config) if context.source.weights == 'int8' else ()
+    quantized = weight_format(context.source.weights).quantized
+    names = params.scales(context.source.config) if quantized else ()
     return [functools.partial(self._scale, name) for name in names]
 
   def _scale(self, name: str) -> None:
     source, output = self._context.source, self._context.output
     values = source.tensors[name].read()  # [L, out]: 90 MB in all for palm_540b
     check_finite(source, name, values, 0)
-    if output.weights == 'int8':
+    if weight_format(output.weights).quantized:
       layers, columns = values.shape
       rectangle = Rectangle((0, layers), (0, 1), (0, columns))
       self._sums.put(list(output.placements(name, rectangle, values[:, None])))

@@ -128,6 +128,24 @@ def _write_mapped(
     del rows  # it is a view of `memory`, which can't be closed while the view exists
 
 
+def write_bits(
+  path: str, shape: tuple[int, ...], index: tuple[slice, ...], values: np.ndarray, mask: np.uint8
+) -> None:
+  """Write some bits of bytes in the allocated file of one array, and keep their other bits.
+
+  Args:
+    path: The file, which holds the array of bytes in C order.
+    shape: Shape of the array.
+    index: The bytes.
+    values: Their values, whose bits outside the mask are zero.
+    mask: The bits to write.
+  """
+  with _opened(path, 'r+b') as f, mmap.mmap(f.fileno(), 0, flags=mmap.MAP_SHARED) as memory:
+    stored = np.frombuffer(memory, np.uint8).reshape(shape)
+    stored[index] = stored[index] & ~mask | values
+    del stored  # it is a view of `memory`, which can't be closed while the view exists
+
+
 def sync(path: str) -> None:
   """Flush a file or directory to the disk, and drop it from the page cache."""
   descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -13,8 +13,8 @@ class NotFinite(CheckpointError):
   """The source has values that can't be written. Repeating the command does not help."""
 
 
-# Largest finite magnitude of each written dtype. For int8 it is bfloat16's: the program dequantizes
-# to bfloat16.
+# Largest finite magnitude of each written dtype. For int8 and int4 it is bfloat16's: the program
+# dequantizes to bfloat16.
 _FLOAT32, _BFLOAT16 = (
   float(ml_dtypes.finfo(dtype).max) for dtype in (np.float32, ml_dtypes.bfloat16)
 )

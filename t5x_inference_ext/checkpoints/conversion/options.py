@@ -32,8 +32,8 @@ class ConvertOptions:
   """Options of a conversion. The fields' help texts explain them.
 
   Attributes:
-    weights: Dtype of the matrices in a serving checkpoint, 'int8' or 'bfloat16'. Ignored for T5X's
-      formats, which have their own.
+    weights: Dtype of the matrices in a serving checkpoint, 'int8', 'int4' or 'bfloat16'. Ignored
+      for T5X's formats, which have their own.
   """
 
   weights: str = 'int8'
@@ -44,10 +44,17 @@ class ConvertOptions:
     group=COMMON,
     choices=OUTPUT_FORMATS,
   )
-  scale_search: str = option(
-    'absmax',
-    help='Scale of an int8 channel. absmax: max|w| / 127. mse: a multiple of that, with the least '
-    'squared error; it takes about 20 times the arithmetic.',
+  bits: str | None = option(
+    None,
+    help='Other bits for some matrices, e.g. mlp_output:8 with --weights=int4. Matrices that share '
+    'a scale, as both outputs of a parallel block, have equal bits.',
+    group=COMMON,
+  )
+  scale_search: str | None = option(
+    None,
+    help='Scale of an int8 or int4 channel. absmax: max|w| / 127, or / 7. mse: a part of that, '
+    'with the least squared error; it takes about 20 times the arithmetic. By default mse for '
+    'int4, absmax for int8.',
     group=COMMON,
     choices=('absmax', 'mse'),
   )
@@ -71,6 +78,10 @@ class ConvertOptions:
 
   def __post_init__(self) -> None:
     check_options(self)
+    if self.bits and self.format != 'serving':
+      raise UserError(
+        f"bits={self.bits} is for serving checkpoints: T5X's formats have matrices of one dtype"
+      )
     if self.num_shards < 1:
       raise UserError(f'num_shards must be at least 1, got {self.num_shards}')
     if not 0 <= self.shard_id < self.num_shards:
@@ -79,6 +90,12 @@ class ConvertOptions:
       )
     worker_count(self.workers)
     assert self.held_size >= 0 <= self.slice_size  # raises UserError for an invalid size
+
+  @property
+  def search(self) -> str:
+    """Option scale_search, or its default for the weights."""
+    by_default = 'mse' if self.format == 'serving' and self.weights == 'int4' else 'absmax'
+    return self.scale_search or by_default
 
   @property
   def held_size(self) -> int:

@@ -9,6 +9,7 @@ from t5x_inference_ext.checkpoints import manifest, serving
 from t5x_inference_ext.checkpoints.arrays import Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray, array_files
+from t5x_inference_ext.checkpoints.serving_tensor import CHECKSUMS
 from t5x_inference_ext.checkpoints.tensor import Bounds
 
 # One write: (array, bounds in the array, values).
@@ -22,7 +23,7 @@ class Output:
     manifest_name: Name of the manifest's file.
     manifest_format, manifest_version: The manifest's fields `format` and `version`.
     header: Name of the file that is written last. A directory without it is not a checkpoint.
-    weights: Dtype of the matrices: 'int8', 'bfloat16' or 'float32'.
+    weights: Format of the matrices: 'float32', or one of a serving checkpoint.
     arrays: All arrays to write.
   """
 
@@ -77,7 +78,7 @@ class Output:
       Name and content of a file.
     """
     listed, index = serving.checksums_file(checksums), self.index_files()
-    files = {serving.CHECKSUMS: listed, **index, **array_files(self.arrays)}
+    files = {CHECKSUMS: listed, **index, **array_files(self.arrays)}
     described = manifest.write({**self._manifest, 'errors': errors}, files)
-    written = {serving.CHECKSUMS: listed, **index, self.manifest_name: described}
+    written = {CHECKSUMS: listed, **index, self.manifest_name: described}
     yield from sorted(written.items(), key=lambda item: item[0] == self.header)

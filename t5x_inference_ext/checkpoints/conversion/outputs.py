@@ -11,9 +11,11 @@ from t5x_inference_ext.checkpoints.arrays import Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions
 from t5x_inference_ext.checkpoints.conversion.output import ArrayWrite, Output
+from t5x_inference_ext.checkpoints.conversion.packed_array import PackedArray
 from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray
 from t5x_inference_ext.checkpoints.conversion.t5x_output import T5xOutput
 from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.quantization.formats import bits_of, weight_format, with_bits
 
 
 class ServingOutput(Output):
@@ -25,10 +27,14 @@ class ServingOutput(Output):
   def __init__(
     self, source: Checkpoint, directory: str, weights: str, record: dict[str, Any]
   ) -> None:
-    self._arrays = {}
+    self._arrays: dict[str, RawArray] = {}
     for name, (shape, dtype) in serving.serving_tensors(source.config, weights).items():
-      chunk = serving.serving_chunk_shape(name, shape, np.dtype(dtype).itemsize)
-      self._arrays[name] = RawArray(directory, name, shape, dtype, chunk)
+      chunk = serving.serving_chunk_shape(name, shape, dtype)
+      self._arrays[name] = (
+        PackedArray(directory, name, shape, chunk)
+        if dtype == 'int4'
+        else RawArray(directory, name, shape, dtype, chunk)
+      )
     self._kinds = {**params.parameters(source.config), **params.scales(source.config)}
     super().__init__(source, weights, tuple(self._arrays.values()), record)
     self._text = source.text
@@ -76,4 +82,20 @@ def make_output(
     raise UserError(
       f'weights must be one of {", ".join(serving.SERVING_WEIGHTS)}, got {options.weights!r}'
     )
-  return ServingOutput(source, directory, options.weights, record)
+  weights = with_bits(options.weights, options.bits or '', source.config)
+  if (name := narrowed(source, weights)) is not None:
+    raise UserError(
+      f'{source.path} holds {name} in {weight_format(source.weights).dtype(name).name}: rounding '
+      f'it again to {weight_format(weights).dtype(name).name} would lose more than rounding it '
+      'once, so convert the float checkpoint'
+    )
+  return ServingOutput(source, directory, weights, record)
+
+
+def narrowed(source: Checkpoint, weights: str) -> str | None:
+  """Return the first quantized matrix of the source that has fewer bits in `weights`, or None."""
+  before, after = weight_format(source.weights), weight_format(weights)
+  if not (before.quantized and after.quantized):
+    return None
+  matrices = (n for n, p in params.parameters(source.config).items() if p.kind == 'matrix')
+  return next((n for n in matrices if bits_of(after.dtype(n)) < bits_of(before.dtype(n))), None)

@@ -7,7 +7,6 @@ chunks. A compressed output chunk would have to stay in memory until it is compl
 """
 
 from collections.abc import Iterable, Iterator
-import functools
 import itertools
 import json
 import math
@@ -21,7 +20,8 @@ from t5x_inference_ext.checkpoints.conversion import files
 from t5x_inference_ext.checkpoints.manifest import checksum
 from t5x_inference_ext.checkpoints.tensor import Bounds
 
-ZARR_DTYPES = {'int8': '|i1', 'bfloat16': 'bfloat16', 'float32': '<f4'}
+# Names of the stored element types; two int4 values share a byte (packed_array.py).
+ZARR_DTYPES = {'int4': '|u1', 'int8': '|i1', 'bfloat16': 'bfloat16', 'float32': '<f4'}
 # Fingerprints are summed modulo this.
 FINGERPRINTS = 2**32
 # Bytes of a chunk that are read back at a time.
@@ -66,7 +66,7 @@ class RawArray:
     """Bytes of all chunks on disk."""
     return math.prod(self.grid) * self.chunk_bytes
 
-  @functools.cached_property
+  @property
   def metadata(self) -> dict[str, Any]:
     """The content of METADATA. It has no fill value, so a missing chunk means lost data."""
     return {
@@ -104,6 +104,13 @@ class RawArray:
 
   def write(self, pieces: list[tuple[Bounds, np.ndarray]]) -> None:
     """Write pairs (bounds, values). Threads may write disjoint parts of a chunk at once."""
+    for number, blocks in self._by_chunk(pieces).items():
+      files.write_blocks(self._path(number), self.chunk, blocks)
+
+  def _by_chunk(
+    self, pieces: list[tuple[Bounds, np.ndarray]]
+  ) -> dict[int, list[files.IndexedValues]]:
+    """Cut pairs (bounds, values) at chunks: chunk's index -> pairs (index in chunk, values)."""
     by_chunk: dict[int, list[files.IndexedValues]] = {}
     for bounds, values in pieces:
       for number, inside in self.overlaps(bounds):
@@ -111,8 +118,7 @@ class RawArray:
         first = tuple(p * c - b for p, c, (b, _) in zip(place, self.chunk, bounds))
         taken = tuple(slice(f + s.start, f + s.stop) for f, s in zip(first, inside))
         by_chunk.setdefault(number, []).append((inside, values[taken]))
-    for number, blocks in by_chunk.items():
-      files.write_blocks(self._path(number), self.chunk, blocks)
+    return by_chunk
 
   def overlaps(self, bounds: Bounds) -> Iterator[tuple[int, tuple[slice, ...]]]:
     """Yield (chunk's index, index of the overlap in the chunk) for chunks that overlap `bounds`."""

@@ -29,8 +29,8 @@ class RoundingError:
     """Return values as they are written, in C order, and add their errors to the sums.
 
     Args:
-      w: [L, in, out]. The source's values, float or int8.
-      scale: [L, out]. Scales of the int8 side, or None if both are float.
+      w: [L, in, out]. The source's values: float, int8 or int4.
+      scale: [L, out]. Scales of the quantized side, or None if both are float.
       dtype: Dtype of the values written.
       magnitude: max|w|.
     """

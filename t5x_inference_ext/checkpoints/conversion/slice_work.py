@@ -22,6 +22,7 @@ from t5x_inference_ext.checkpoints.conversion.raw_array import FINGERPRINTS, Raw
 from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
 from t5x_inference_ext.checkpoints.conversion.slices import ConversionPlan, StoredBlock, TensorSlice
 from t5x_inference_ext.quantization import rounding
+from t5x_inference_ext.quantization.formats import is_quantized
 
 # Function that takes the final values of a block, to write them or to compare them with an output.
 PutWrites = Callable[[list[ArrayWrite]], None]
@@ -109,7 +110,7 @@ class WrittenSums:
 
 
 class SliceWork:
-  """A slice of float tensors, or of int8 tensors without their scales. A PipelineWork.
+  """A slice of float tensors, or of quantized tensors without their scales. A PipelineWork.
 
   Its buffers hold only the columns of the slice's own channels, concatenated.
   """
@@ -128,6 +129,7 @@ class SliceWork:
     self._maxima: dict[str, np.ndarray] = {}  # max|w| [layers, columns], by tensor
     self._squares: dict[str, np.ndarray] = {}  # [candidate scales, layers, columns], by scale
     self._scales: dict[str, np.ndarray] = {}  # [layers, columns], by scale
+    self._dtypes: dict[str, np.dtype] = {}  # of the matrices written, by scale
     self._errors: dict[int, dict[str, RoundingError]] = {}  # by block number, then by tensor
     self._sums = WrittenSums(context)
 
@@ -139,7 +141,9 @@ class SliceWork:
     """Return the next step's jobs, one per block."""
     if self._squares:
       for scale, squares in self._squares.items():
-        self._scales[scale] = rounding.best_scales(self._scales[scale], squares)
+        self._scales[scale] = rounding.best_scales(
+          self._scales[scale], squares, self._dtypes[scale]
+        )
       self._squares = {}
     elif self._maxima and not self._scales:
       self._find_scales()
@@ -170,10 +174,12 @@ class SliceWork:
   def _find_scales(self) -> None:
     together: dict[str, list[np.ndarray]] = {}
     for name, maxima in self._maxima.items():
-      check_finite(self._context.source, name, maxima, self._layers[0], np.int8)
+      dtype = self._dtypes[self._scale(name)] = self._context.output.dtype(name)
+      check_finite(self._context.source, name, maxima, self._layers[0], dtype)
       together.setdefault(self._scale(name), []).append(maxima)
     self._scales = {
-      scale: rounding.scales_of(np.maximum.reduce(maxima)) for scale, maxima in together.items()
+      scale: rounding.scales_of(np.maximum.reduce(maxima), self._dtypes[scale])
+      for scale, maxima in together.items()
     }
 
   def _search(self, number: int, block: StoredBlock) -> None:
@@ -184,9 +190,10 @@ class SliceWork:
     ):
       scale = self._scale(part.name)
       place = self._place(scale, rectangle)
-      squares = rounding.squared_errors(w, self._scales[scale][place])
+      squares = rounding.squared_errors(w, self._scales[scale][place], self._dtypes[scale])
       with self._lock:
-        buffer = self._buffer(self._squares, scale, scale, np.int64, len(rounding.SEARCHED))
+        count = len(rounding.searched(self._dtypes[scale]))
+        buffer = self._buffer(self._squares, scale, scale, np.int64, count)
         buffer[:, *place] += squares
 
   def _write(self, number: int, block: StoredBlock) -> None:
@@ -213,15 +220,15 @@ class SliceWork:
   def _scale_and_magnitude(
     self, name: str, rectangle: Rectangle, w: np.ndarray, dtype: np.dtype
   ) -> tuple[np.ndarray | None, float]:
-    """Return scales [layers, columns] of a rectangle w (None unless int8), and max|w|."""
+    """Return scales [layers, columns] of a rectangle w (None if all is float), and max|w|."""
     source = self._context.source
     if self._slice.scaled:
       place = self._place(self._scale(name), rectangle)
       return self._scales[self._scale(name)][place], float(self._maxima[name][place].max())
-    if source.weights == 'int8' and self._kinds[name].scale is not None:
+    if is_quantized(w.dtype) and self._kinds[name].scale is not None:
       index = (slice(*rectangle.layers), slice(*rectangle.columns))
       scale = source.tensors[self._scale(name)].read(index)
-      return scale, float(rounding.QMAX * scale.max())
+      return scale, float(rounding.largest_unit(w.dtype) * np.abs(scale).max())
     largest = rounding.largest(w)
     check_finite(source, name, largest, rectangle.layers[0], dtype)
     return None, float(largest.max())

@@ -16,9 +16,11 @@ from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions
 from t5x_inference_ext.checkpoints.conversion.output import ArrayWrite
 from t5x_inference_ext.checkpoints.conversion.raw_array import ZARR_DTYPES
 from t5x_inference_ext.checkpoints.manifest import check_manifest
+from t5x_inference_ext.checkpoints.serving_tensor import ServingTensor
 from t5x_inference_ext.checkpoints.workers import run_jobs, worker_count
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.quantization.nibbles import INT4
 
 
 def verify(
@@ -54,7 +56,7 @@ def verify(
   total = sum(t.nbytes for t in tensors.values())
   lock = threading.Lock()
 
-  def check_chunk(tensor: serving.ServingTensor, number: int, index: tuple[slice, ...]) -> None:
+  def check_chunk(tensor: ServingTensor, number: int, index: tuple[slice, ...]) -> None:
     tensor.check(number, index)
     tensor.check_padding(index)
     with lock:
@@ -82,7 +84,7 @@ def verify(
   return lines
 
 
-def _listed(manifest: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+def _listed(manifest: dict[str, Any]) -> serving.Listed:
   """Return (shape, dtype name) of a manifest's tensors, by name."""
   return {name: (tuple(t['shape']), t['dtype']) for name, t in manifest['tensors'].items()}
 
@@ -112,17 +114,21 @@ def _compare(
   t5x_format = 't5x_int8' if manifest['weights'] == 'int8' else 't5x_float'
   options = ConvertOptions(
     format='serving' if is_serving else t5x_format,
-    weights=manifest['weights'],
+    weights=manifest['weights'].partition(',')[0],
+    bits=manifest['weights'].partition(',')[2],
     workers=workers,
     scale_search=manifest.get('options', {}).get('scale_search', 'absmax'),
   )
-  stored = serving.read_listed(path, _listed(manifest), '')
+  listed = _listed(manifest)
+  stored = serving.unpacked(serving.read_listed(path, listed, ''), listed)
 
   def compare(writes: list[ArrayWrite]) -> None:
     for array, bounds, values in writes:
       found = stored[array.name].read(tuple(slice(*b) for b in bounds))
       # Compare bits instead of values: 0 and -0 are equal values with different bits.
       bits = f'u{found.itemsize}'
+      if found.dtype == INT4:  # whose bytes may have a sign, or not
+        found, values = found.astype(np.int8), values.astype(np.int8)
       different = found.view(bits) != np.ascontiguousarray(values).view(bits)
       if different.any():
         first = [int(i[0]) + b for i, (b, _) in zip(np.nonzero(different), bounds)]
