@@ -5,6 +5,7 @@ import threading
 from typing import Any
 
 from t5x_inference_ext.engine import scheduler_config
+from t5x_inference_ext.engine.adapters import NO_ADAPTERS, AdapterNames
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.streams import Streams
@@ -20,10 +21,18 @@ class Core:
     model: Decides mesh and layouts.
     weights: Weights on that mesh.
     vocabulary: Vocabulary of the model, or None.
+    adapters: Names of the adapters beside the weights.
   """
 
-  def __init__(self, model: Model, weights: Weights, vocabulary: Vocabulary | None) -> None:
+  def __init__(
+    self,
+    model: Model,
+    weights: Weights,
+    vocabulary: Vocabulary | None,
+    adapters: AdapterNames = NO_ADAPTERS,
+  ) -> None:
     self._model, self._weights, self._vocabulary = model, weights, vocabulary
+    self._adapters = adapters
     self._lock = threading.Lock()
     self._streams: Streams | None = None
 
@@ -33,11 +42,14 @@ class Core:
     A replaced scheduler still finishes its requests.
 
     Raises:
-      RequestError: An option out of its range.
+      RequestError: An option out of its range, or an adapter that is not loaded.
     """
+    requests = [self._adapters.prompted(request) for request in requests]
     config = scheduler_config.config_for(self._model, requests, **options)
     with self._lock:
       if self._streams is None or not self._streams.scheduler.config.covers(config):
-        scheduler = Scheduler(self._model, self._weights, config, vocabulary=self._vocabulary)
+        scheduler = Scheduler(
+          self._model, self._weights, config, vocabulary=self._vocabulary, adapters=self._adapters
+        )
         self._streams = Streams(scheduler)
       return self._streams

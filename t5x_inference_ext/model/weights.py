@@ -105,6 +105,12 @@ class Weights:
     return not isinstance(self.layers, tuple)
 
   @property
+  def has_adapters(self) -> bool:
+    """Whether rows may have adapters other than soft prompts."""
+    layer = self.layers[0] if isinstance(self.layers, tuple) else self.layers
+    return any(part.adapters for part in layer.values())
+
+  @property
   def is_int8(self) -> bool:
     """Whether the matrices are int8 with scales."""
     layer = self.layers[0] if isinstance(self.layers, tuple) else self.layers
