@@ -10,9 +10,12 @@ import safetensors.numpy
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import convert, open_checkpoint
+from t5x_inference_ext.checkpoints.adapters.folding import fold_adapter
 from t5x_inference_ext.checkpoints.adapters.read import read_adapter
+from t5x_inference_ext.checkpoints.conversion.verify import verify
 from t5x_inference_ext.checkpoints.families.module_map import ModuleMap
 from t5x_inference_ext.errors import CheckpointError
+from tests import reference
 from tests.checkpoints import peft_files
 from tests.checkpoints.public_formats_test import FAMILIES, families
 
@@ -248,3 +251,47 @@ def test_other_models_and_no_adapter(repository, testdata, families, tmp_path):
   (tmp_path / 'adapter_model.bin').write_bytes(b'')
   with pytest.raises(CheckpointError, match='a pickle'):
     read_adapter(tmp_path, palm)
+
+
+@pytest.mark.parametrize('name', ['smollm2-lora-0', 'falcon_7b-lora-1', 'falcon_7b-ia3-0'])
+def test_a_folded_checkpoint_is_the_models_with_the_adapter(testdata, families, tmp_path, name):
+  """Golden logits of PEFT, by the float tensors in the reference model."""
+  source = open_checkpoint(families / name.partition('-')[0])
+  path = testdata / 'adapters' / name
+  folded = fold_adapter(source, read_adapter(path, source))
+  assert {each.name for array in folded.arrays for each in array.arrangement.parts} == set(
+    params.parameters(source.config)
+  )
+  golden = np.load(path / 'golden.npz')
+  tensors = {n: tensor.read().astype(np.float32) for n, tensor in folded.tensors.items()}
+  found = reference.logits(source.config, tensors, golden['input_ids'])
+  np.testing.assert_allclose(found, golden['logits'], atol=1e-4 * np.abs(golden['logits']).max())
+  part = (slice(1, 3), slice(5, 21), slice(3, 10))
+  for n in ('query', 'mlp_output'):
+    np.testing.assert_array_equal(folded.tensors[n].read(part), tensors[n][part])
+
+
+def test_conversion_with_an_adapter(testdata, families, tmp_path):
+  adapters, base = testdata / 'adapters', families / 'smollm2'
+  path = adapters / 'smollm2-lora-0'
+  convert.convert(base, tmp_path / 'out', weights='bfloat16', adapter=path)
+  source = open_checkpoint(base)
+  wanted, found = (
+    fold_adapter(source, read_adapter(path, source)),
+    open_checkpoint(tmp_path / 'out'),
+  )
+  for name, p in params.parameters(source.config).items():
+    values = wanted.tensors[name].read()
+    if p.kind == 'matrix':
+      assert not np.array_equal(values, source.tensors[name].read())
+      values = values.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(found.tensors[name].read(), values)
+  assert verify(str(tmp_path / 'out'))
+  with pytest.raises(CheckpointError, match='made with an adapter folded in'):
+    verify(str(tmp_path / 'out'), str(base))
+  with pytest.raises(CheckpointError, match='soft prompt, which is no part of the weights'):
+    convert.convert(base, tmp_path / 'no', adapter=adapters / 'smollm2-prompt-0')
+  convert.convert(base, tmp_path / 'int8', weights='int8')
+  with pytest.raises(CheckpointError, match='int8 weights of .*convert the float model'):
+    convert.convert(tmp_path / 'int8', tmp_path / 'no', adapter=path)
+  assert not (tmp_path / 'no').exists()

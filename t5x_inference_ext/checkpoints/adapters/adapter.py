@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 import dataclasses
+import zlib
 
 import numpy as np
 import numpy.typing as npt
 
+from t5x_inference_ext.checkpoints.manifest import checksum
 from t5x_inference_ext.errors import CheckpointError
 
 Floats = npt.NDArray[np.float32]
@@ -46,8 +48,19 @@ class Adapter:
   scaling: Mapping[str, Floats] = dataclasses.field(default_factory=dict)
   prompt: Floats | None = None
 
+  @property
+  def crc32(self) -> int:
+    """CRC-32 of all values, which identifies the adapter whatever its path."""
+    total = 0
+    for name in sorted(self.low_rank):
+      for values in (self.low_rank[name].a, self.low_rank[name].b):
+        total = checksum(values, zlib.crc32(name.encode(), total))
+    for name in sorted(self.scaling):
+      total = checksum(self.scaling[name], zlib.crc32(name.encode(), total))
+    return total if self.prompt is None else checksum(self.prompt, total)
 
-def check_finite(values: np.ndarray, name: str, path: str) -> Floats:
+
+def finite_floats(values: np.ndarray, name: str, path: str) -> Floats:
   """Return values as float32.
 
   Raises:

@@ -13,7 +13,7 @@ import numpy as np
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import storage
-from t5x_inference_ext.checkpoints.adapters.adapter import Adapter, Floats, LowRank, check_finite
+from t5x_inference_ext.checkpoints.adapters.adapter import Adapter, Floats, LowRank, finite_floats
 from t5x_inference_ext.checkpoints.adapters.peft_config import PeftConfig, read_peft_config
 from t5x_inference_ext.checkpoints.adapters.soft_prompts import checked_prompt
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
@@ -131,7 +131,7 @@ class _Modules:
         f'{self.config.title}, has {printable(name)} of shape {list(tensor.shape)}, but '
         f'{self.base.path} needs {list(shape)}'
       )
-    return check_finite(tensor.read(), printable(name), tensor.path)
+    return finite_floats(tensor.read(), printable(name), tensor.path)
 
   def outputs(self, values: Floats, matrix: str) -> Floats:
     """Return the rows of `values` [out, ..], a module's outputs, that are a matrix's columns."""

@@ -10,7 +10,7 @@ import os
 import numpy as np
 
 from t5x_inference_ext.checkpoints import storage
-from t5x_inference_ext.checkpoints.adapters.adapter import Adapter, Floats, check_finite
+from t5x_inference_ext.checkpoints.adapters.adapter import Adapter, Floats, finite_floats
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.errors import CheckpointError, name_list, printable
 
@@ -75,4 +75,4 @@ def checked_prompt(values: np.ndarray, title: str, base: Checkpoint) -> Floats:
       f'{base.module_map.embedding_scale:g}, and versions of transformers differ in whether they '
       'do so for soft prompts'
     )
-  return check_finite(values, 'the soft prompt', title)
+  return finite_floats(values, 'the soft prompt', title)
