@@ -15,6 +15,7 @@ from t5x_inference_ext.checkpoints.conventions import (
   check_stated,
   recorded_in,
 )
+from t5x_inference_ext.checkpoints.families.module_map import ModuleMap
 from t5x_inference_ext.checkpoints.missing import missing_checkpoint
 from t5x_inference_ext.checkpoints.public import check_required, read_public
 from t5x_inference_ext.checkpoints.readers import flaxformer, legacy, orbax
@@ -52,6 +53,8 @@ class Checkpoint:
       checkpoint converted from T5X's records them.
     text: Vocabulary, BOS, end tokens, chat template and generation defaults.
     index_crc32: CRC-32 of the headers of a checkpoint in a public format; None for other formats.
+    module_map: Modules that hold the matrices in transformers, for adapters made with it; None if
+      the checkpoint is not of a public model, or does not record the modules.
   """
 
   path: str
@@ -66,6 +69,7 @@ class Checkpoint:
   conventions: Mapping[str, ResolvedOption]
   text: TextSettings
   index_crc32: int | None = None
+  module_map: ModuleMap | None = None
 
   @property
   def vocabulary(self) -> Vocabulary | None:
@@ -152,6 +156,7 @@ def open_checkpoint(
     {},
     model.text,
     index_crc32=model.index_crc32,
+    module_map=model.module_map,
   )
 
 
@@ -235,6 +240,7 @@ def _from_serving(
     notes,
     conventions,
     serving.read_text(path, header, found.vocab_size),
+    module_map=ModuleMap.from_dict(header['source'].get('module_map')),
   )
 
 

@@ -12,6 +12,8 @@ import os
 from typing import Any
 
 from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.checkpoints.adapters.folding import fold_adapter
+from t5x_inference_ext.checkpoints.adapters.read import read_adapter
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.conventions import CONVENTION_NAMES
 from t5x_inference_ext.checkpoints.conversion.conversion import Conversion, ConversionProgress
@@ -31,6 +33,7 @@ def convert(
   config: ModelConfig | None = None,
   vocabulary: str | None = None,
   staging: str | None = None,
+  adapter: str | None = None,
   found: Callable[[Checkpoint], None] = lambda checkpoint: None,
   planned: Callable[[str], None] = lambda line: None,
   progress: ConversionProgress = lambda what, done, total: None,
@@ -49,6 +52,7 @@ def convert(
     vocabulary: Vocabulary to put into a serving checkpoint: 'bytes', a SentencePiece .model file or
       a tokenizer.json; None: the source's own, else bytes for a model of 384 rows.
     staging: Local directory in which an output in a bucket is made before it is uploaded.
+    adapter: LoRA or (IA)^3 to fold into the weights; a directory that PEFT saved.
     found: Function that is called with the opened checkpoint.
     planned: Function that is called with each line of the plan's description.
     progress: Called after every block.
@@ -68,6 +72,8 @@ def convert(
   elif not os.path.isdir(work.root):
     work.check_absent()
   source = open_checkpoint(input_checkpoint, config=config, **conventions)
+  if adapter is not None:
+    source = fold_adapter(source, read_adapter(adapter, source))
   source = _with_vocabulary(source, vocabulary, convert_options)
   found(source)
   conversion = Conversion(source, convert_options, work.payload, progress)

@@ -100,6 +100,11 @@ class SourceOptions:
     'of 384 rows.',
     group=COMMON,
   )
+  adapter: str | None = option(
+    None,
+    help='LoRA or (IA)^3 to fold into the weights: a directory that PEFT saved, for --input.',
+    group=COMMON,
+  )
   staging: str | None = option(
     None,
     help='For an output in a bucket: local directory in which to make it before the upload.',
@@ -186,6 +191,11 @@ def convert_or_verify(flags: absl_flags.FlagValues) -> None:
   )
   assert isinstance(configured, functools.partial)
   output = configured.keywords['output_checkpoint']
+  if options.report is not None and configured.keywords.get('adapter') is not None:
+    raise UserError(
+      '--report compares the output with --input, and --adapter changes the weights: report on the '
+      'conversion without it'
+    )
   if options.report is not None and is_finished(output):
     print_line(f'{output} exists: making only the report')
   else:

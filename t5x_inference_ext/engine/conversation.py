@@ -25,6 +25,7 @@ class Conversation:
     max_length: Maximum number of tokens of the whole conversation.
     bos: First tokens of the conversation: BOS, or none.
     end_ids: Tokens that end a reply.
+    adapter: Name of the adapter of all replies; None: the model itself.
 
   Raises:
     RequestError: A max_length below 1.
@@ -41,10 +42,12 @@ class Conversation:
     max_length: int,
     bos: Sequence[int],
     end_ids: Sequence[int],
+    adapter: str | None = None,
   ) -> None:
     check_at_least(1, max_length=max_length)
     self._streams, self._vocab_size = streams, vocab_size
     self._max_length, self._bos, self._end_ids = max_length, tuple(bos), tuple(end_ids)
+    self._adapter = adapter
     self.tokens: list[int] = []
     self._last: Generator[int, None, None] | None = None  # the unfinished reply
 
@@ -84,7 +87,12 @@ class Conversation:
       self._last.close()
     tokens = [*self.tokens, *map(int, turn)]
     request = Request(
-      (*self._bos, *tokens), (seed,), max_new_tokens, sampling, end_ids=self._end_ids
+      (*self._bos, *tokens),
+      (seed,),
+      max_new_tokens,
+      sampling,
+      end_ids=self._end_ids,
+      adapter=self._adapter,
     )
     stream = self._streams.open([request])
     self.tokens = tokens

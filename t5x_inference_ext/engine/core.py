@@ -5,6 +5,7 @@ import threading
 from typing import Any
 
 from t5x_inference_ext.engine import scheduler_config
+from t5x_inference_ext.engine.adapters import NO_ADAPTERS, AdapterNames
 from t5x_inference_ext.engine.executor import DeviceExecutor
 from t5x_inference_ext.engine.open_drafter import Drafters
 from t5x_inference_ext.engine.request import Request
@@ -25,11 +26,19 @@ class Core:
     model: Decides mesh and layouts.
     weights: Weights on that mesh.
     vocabulary: Vocabulary of the model, or None.
+    adapters: Names of the adapters beside the weights.
   """
 
-  def __init__(self, model: Model, weights: Weights, vocabulary: Vocabulary | None) -> None:
+  def __init__(
+    self,
+    model: Model,
+    weights: Weights,
+    vocabulary: Vocabulary | None,
+    adapters: AdapterNames = NO_ADAPTERS,
+  ) -> None:
     self._model, self._weights, self._vocabulary = model, weights, vocabulary
     self._drafters = Drafters(model)
+    self._adapters = adapters
     self._lock = threading.Lock()
     self._streams: Streams | None = None
 
@@ -39,8 +48,10 @@ class Core:
     A replaced scheduler still finishes its requests.
 
     Raises:
-      UserError: An option out of its range, or a draft model that can't be used.
+      UserError: An option out of its range, an adapter that is not loaded, or a draft model that
+        can't be used.
     """
+    requests = [self._adapters.prompted(request) for request in requests]
     config = scheduler_config.config_for(self._model, requests, **options)
     with self._lock:
       if self._streams is None or not self._streams.scheduler.config.covers(config):
@@ -50,4 +61,6 @@ class Core:
   def _scheduler(self, config: SchedulerConfig) -> Scheduler:
     model, weights = self._model, self._weights
     runs = DeviceExecutor(model, weights, config, self._drafters.open(config.speculate))
-    return Scheduler(model, weights, config, vocabulary=self._vocabulary, executor=runs)
+    return Scheduler(
+      model, weights, config, vocabulary=self._vocabulary, executor=runs, adapters=self._adapters
+    )

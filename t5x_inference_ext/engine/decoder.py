@@ -191,14 +191,22 @@ class Decoder:
     self._started.append(_Started(rows, output, True, begun))
 
   def _decode_logits(self, table: SlotTable, read: int, read_shared: int) -> Any:
-    return self._executor.decode_logits(table.pages(), table.alive.copy(), read, read_shared)
+    alive, adapters = table.alive.copy(), table.adapters.copy()
+    return self._executor.decode_logits(table.pages(), alive, read, read_shared, adapters)
 
   def _decode(
     self, table: SlotTable, steps: int, until_free: bool, read: int, read_shared: int
   ) -> StepsOutput:
     prices = None if self._prices is None else self._prices.next()
     return self._executor.decode_steps(
-      table.pages(), table.alive.copy(), steps, until_free, read, read_shared, prices
+      table.pages(),
+      table.alive.copy(),
+      steps,
+      until_free,
+      read,
+      read_shared,
+      prices,
+      table.adapters.copy(),
     )
 
   def warm_up(self, table: SlotTable, done: list[CompiledProgram]) -> None:

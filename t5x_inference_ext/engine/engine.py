@@ -5,35 +5,32 @@ for completion in engine.generate([[103, 104, 105], [108]], max_new_tokens=16):
   print(completion.tokens, completion.score)
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import os
+import types
 from typing import Any
 
 import jax
 
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
+from t5x_inference_ext.checkpoints.adapters.load import load_adapters
 from t5x_inference_ext.checkpoints.identity import WeightsIdentity, weights_identity
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
+from t5x_inference_ext.engine.adapters import AdapterNames, read_adapters
 from t5x_inference_ext.engine.conversation import Conversation
 from t5x_inference_ext.engine.core import Core
-from t5x_inference_ext.engine.inputs import (
-  check_at_least,
-  check_generation,
-  check_start,
-  end_ids_of,
-  per_prompt,
-)
-from t5x_inference_ext.engine.request import Completion, Request, Sample, SampleCollector
+from t5x_inference_ext.engine.inputs import check_at_least
+from t5x_inference_ext.engine.request import Completion, Sample, SampleCollector
+from t5x_inference_ext.engine.request_making import RequestMaker
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.engine.sampling_arrays import stack_params
 from t5x_inference_ext.engine.saved_generation import SavedGeneration
-from t5x_inference_ext.engine.scorer import Scorer
 from t5x_inference_ext.engine.static_generation import StaticOptions, generate_static
 from t5x_inference_ext.engine.streams import Stream
 from t5x_inference_ext.engine.text_prompts import TextOrIds, decode_completion, encode_prompts
 from t5x_inference_ext.engine.warm_up import CompiledProgram
+from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.layout import Layout, check_model
 from t5x_inference_ext.sharding.mesh import make_mesh, parse_mesh
@@ -42,7 +39,7 @@ from t5x_inference_ext.text.grammar import Grammar
 
 
 @dataclasses.dataclass(frozen=True)
-class Engine(Scorer):
+class Engine(RequestMaker):
   """A model with its weights on a mesh, which generates text and scores it (see Scorer).
 
   Attributes:
@@ -64,6 +61,7 @@ class Engine(Scorer):
     decode_layout: str = 'ws_2d/batch',
     scan_layers: bool | None = None,
     executable: str | os.PathLike | None = None,
+    adapters: Mapping[str, str | os.PathLike] = types.MappingProxyType({}),
     progress: Callable[[list], Iterable] = iter,
     **conventions: Any,
   ) -> 'Engine':
@@ -81,6 +79,7 @@ class Engine(Scorer):
         more than 8 layers on CPU, never on accelerators.
       executable: File of a generation that precompile saved for this model, mesh and installation.
         It serves only what it was compiled for. Loading it runs code: use your own files.
+      adapters: Name -> path of each adapter that prompts can choose (docs/adapters.md).
       progress: Wraps the list of tensors that are loaded, e.g. tqdm.
       **conventions: Arguments of open_checkpoint: properties that can't be read from T5X weights.
 
@@ -101,9 +100,15 @@ class Engine(Scorer):
     scans = scans_layers(model.config.num_layers, scan_layers, platform)
     saved = None
     if executable is not None:
+      if adapters:
+        raise RequestError(f'the executable {executable} was compiled without adapters')
       saved = SavedGeneration.open(executable, model, checkpoint.weights, scans)
+    found = read_adapters(adapters, checkpoint)
     weights = load_weights(checkpoint, model, stacked=scans, progress=progress)
-    return cls(checkpoint, model, weights, saved)
+    if found:
+      weights = load_adapters([*found.values()], checkpoint, model, weights)
+    names = AdapterNames.of(found, model.config.vocab_size)
+    return cls(checkpoint, model, weights, saved, adapters=names)
 
   def generate(
     self,
@@ -117,6 +122,7 @@ class Engine(Scorer):
     prompt_size: int | None = None,
     max_length: int | None = None,
     prefill_chunk: int | None = None,
+    adapter: str | None | Sequence[str | None] = None,
   ) -> list[Completion]:
     """Continue each prompt until EOS or its limit, in one static batch.
 
@@ -132,6 +138,7 @@ class Engine(Scorer):
       prompt_size: Length that prompts are padded to, to share a compilation; None: the longest.
       max_length: A row also ends when prompt and new tokens together reach this number, as in T5X.
       prefill_chunk: Maximum number of prompt positions in one pass, to save memory; None: all.
+      adapter: Name of a loaded adapter, for all prompts or one for each; None: the model itself.
 
     Raises:
       RequestError: No prompts, a prompt that is longer than the cache or holds ids outside the
@@ -157,6 +164,8 @@ class Engine(Scorer):
         max_length,
         prefill_chunk,
       ),
+      self.adapters,
+      adapter,
     )
     return [
       completion._replace(text=decode_completion(vocabulary, prompt, completion))
@@ -178,6 +187,7 @@ class Engine(Scorer):
     top_log_probs: int = 0,
     salt: Hashable = None,
     grammar: Grammar | None = None,
+    adapter: str | None | Sequence[str | None] = None,
     **options: Any,
   ) -> Stream:
     """Continue prompts with continuous batching; return each row's new tokens as they are made.
@@ -197,6 +207,7 @@ class Engine(Scorer):
       top_log_probs: Number of most likely tokens to return with each token.
       salt: Only prompts with equal salts share cached prefixes.
       grammar: Grammar that each row's new text must satisfy; None: any text is allowed.
+      adapter: See `generate`.
       **options: Options of engine.scheduler_config.config_for: slots, max_length, pages,
         prefill_chunk, prefill_rows, prefill_budget, decode_steps, share, speculate. A call with
         other options than the last call, or with longer rows, makes a new scheduler.
@@ -216,8 +227,13 @@ class Engine(Scorer):
         top_log_probs=top_log_probs,
         salt=salt,
         grammar=grammar,
+        adapter=name,
       )
-      for request, text in zip(self.requests(ids, max_new_tokens, sampling, seeds, samples), texts)
+      for request, text, name in zip(
+        self.requests(ids, max_new_tokens, sampling, seeds, samples),
+        texts,
+        self.adapters.of_rows(adapter, len(ids)),
+      )
     ]
     return self.core.streams(requests, **options).open(requests)
 
@@ -240,61 +256,37 @@ class Engine(Scorer):
   @functools.cached_property
   def core(self) -> Core:
     """The engine's scheduler and its streams."""
-    return Core(self.model, self.weights, self.checkpoint.vocabulary)
+    return Core(self.model, self.weights, self.checkpoint.vocabulary, self.adapters)
 
   @functools.cached_property
   def weights_identity(self) -> WeightsIdentity:
     """SHA-256 that identifies the checkpoint's weights, whatever its path; see WeightsIdentity."""
     return weights_identity(self.checkpoint)
 
-  def requests(
-    self,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int | Sequence[int],
-    sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
-    seeds: Sequence[int] | None = None,
-    samples: int = 1,
-  ) -> list[Request]:
-    """Return prompts as requests of a scheduler; arguments and errors are those of `stream`."""
-    prompts, limits, params, seeds = per_prompt(prompts, max_new_tokens, sampling, seeds)
-    vocab_size = self.model.config.vocab_size
-    check_generation(prompts, vocab_size, limits)
-    stack_params(params, vocab_size)  # checks ids
-    check_at_least(1, samples=samples)
-    for i, prompt in enumerate(prompts):
-      check_start(f'prompt {i}', prompt, self.checkpoint.bos_id)
-    return [
-      Request(
-        (*self.bos, *prompt), tuple((int(seed) + i) % 2**32 for i in range(samples)), limit, each
-      )
-      for prompt, seed, limit, each in zip(prompts, seeds, limits, params)
-    ]
-
   def chat(
-    self, *, max_length: int, eos_id: int | Sequence[int] | None = None, **options: Any
+    self,
+    *,
+    max_length: int,
+    eos_id: int | Sequence[int] | None = None,
+    adapter: str | None = None,
+    **options: Any,
   ) -> Conversation:
     """Begin a conversation. The scheduler keeps the conversation's turns in the prefix cache.
 
     Args:
       max_length: Maximum number of tokens of the whole conversation.
       eos_id: See `generate`.
+      adapter: Name of a loaded adapter; None: the model itself.
       **options: See `stream`.
     """
     check_at_least(1, max_length=max_length)
+    self.adapters.number(adapter)
+    room = max_length + 1 + len(self.adapters.prompt(adapter))
     return Conversation(
-      self.core.streams(max_length=max_length + 1, **{'slots': 1, **options}),
+      self.core.streams(max_length=room, **{'slots': 1, **options}),
       vocab_size=self.model.config.vocab_size,
       max_length=max_length,
       bos=self.bos,
       end_ids=self._end_ids(eos_id),
+      adapter=adapter,
     )
-
-  @property
-  def bos(self) -> tuple[int, ...]:
-    """The tokens in front of each prompt: BOS, or none."""
-    return () if self.checkpoint.bos_id is None else (self.checkpoint.bos_id,)
-
-  def _end_ids(self, eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
-    if eos_id is None:
-      return tuple(self.checkpoint.end_ids)
-    return end_ids_of(eos_id)

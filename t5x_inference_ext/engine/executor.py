@@ -45,8 +45,13 @@ class Executor(Protocol):
     See prefix_store.start_with_blocks. `copies` is None if there is no prefix store.
     """
 
-  def prefill_chunk(self, tokens: np.ndarray, counts: np.ndarray, read: int) -> None:
-    """Run the next tokens of the prompts. See prompts.prefill_chunk."""
+  def prefill_chunk(
+    self, tokens: np.ndarray, counts: np.ndarray, read: int, adapters: np.ndarray
+  ) -> None:
+    """Run the next tokens of the prompts. See prompts.prefill_chunk.
+
+    Here and in the decode steps, `adapters` has the number of each row's adapter; 0: none.
+    """
 
   def save_blocks(self, copies: BlockCopies) -> None:
     """Copy blocks of prompts into the prefix store. See prefix_store.save_blocks."""
@@ -72,14 +77,17 @@ class Executor(Protocol):
     until_free: bool,
     read: int,
     read_shared: int,
-    prices: np.ndarray | None = None,
+    prices: np.ndarray | None,
+    adapters: np.ndarray,
   ) -> StepsOutput:
     """Run decode steps of all slots. See slot_steps.decode_steps.
 
     With prices, steps may check drafts. See speculative_steps.speculative_steps.
     """
 
-  def decode_logits(self, pages: SlotPages, alive: np.ndarray, read: int, read_shared: int) -> Any:
+  def decode_logits(
+    self, pages: SlotPages, alive: np.ndarray, read: int, read_shared: int, adapters: np.ndarray
+  ) -> Any:
     """Run a decode step up to its logits, and return them. See slot_steps.decode_logits."""
 
   def choose_masked(self, logits: Any, alive: np.ndarray, masks: TokenMasks) -> StepsOutput:
@@ -153,10 +161,12 @@ class DeviceExecutor:
         self._model, self._prompts, self._weights, self._store, copies
       )
 
-  def prefill_chunk(self, tokens: np.ndarray, counts: np.ndarray, read: int) -> None:
+  def prefill_chunk(
+    self, tokens: np.ndarray, counts: np.ndarray, read: int, adapters: np.ndarray
+  ) -> None:
     """Run the next tokens of the prompts."""
     self._prompts = programs.prefill_chunk(
-      self._model, self._prompts, self._weights, tokens, counts, read=read
+      self._model, self._prompts, self._weights_for(adapters), tokens, counts, read=read
     )
 
   def save_blocks(self, copies: BlockCopies) -> None:
@@ -203,10 +213,11 @@ class DeviceExecutor:
     until_free: bool,
     read: int,
     read_shared: int,
-    prices: np.ndarray | None = None,
+    prices: np.ndarray | None,
+    adapters: np.ndarray,
   ) -> StepsOutput:
     """Run decode steps of all slots."""
-    state = self._model, self._slots, self._weights
+    state = self._model, self._slots, self._weights_for(adapters)
     rest = pages, alive, np.int32(steps), np.bool_(until_free)
     sizes: dict[str, Any] = dict(most=self._config.decode_steps, read=read, read_shared=read_shared)
     if prices is None:
@@ -218,11 +229,12 @@ class DeviceExecutor:
     return _on_its_way(output)
 
   def decode_logits(
-    self, pages: SlotPages, alive: np.ndarray, read: int, read_shared: int
+    self, pages: SlotPages, alive: np.ndarray, read: int, read_shared: int, adapters: np.ndarray
   ) -> jax.Array:
     """Run a decode step up to its logits [B, V], and return them."""
+    state = self._model, self._slots, self._weights_for(adapters)
     self._slots, logits = programs.decode_logits(
-      self._model, self._slots, self._weights, pages, alive, read=read, read_shared=read_shared
+      *state, pages, alive, read=read, read_shared=read_shared
     )
     return logits
 
@@ -230,6 +242,10 @@ class DeviceExecutor:
     """Choose the next token of each slot from logits."""
     self._slots, output = programs.choose_masked(self._model, self._slots, logits, alive, masks)
     return _on_its_way(output)
+
+  def _weights_for(self, adapters: np.ndarray) -> Weights:
+    """Return the weights for rows with these adapters, if any adapter is loaded."""
+    return self._weights.for_rows(adapters if self._weights.has_adapters else None)
 
   def fetch(self, output: StepsOutput) -> StepsOutput:
     """Wait for a program's output, and return it as numpy arrays."""

@@ -8,6 +8,7 @@ import itertools
 
 import numpy as np
 
+from t5x_inference_ext.engine.adapters import salt_of
 from t5x_inference_ext.engine.executor import Executor
 from t5x_inference_ext.engine.prefix_cache import PrefixCache
 from t5x_inference_ext.engine.prefix_tree import Node
@@ -33,7 +34,7 @@ class Prompt:
   @property
   def salt(self) -> Hashable:
     """Anything besides the tokens that keys and values depend on."""
-    return self.rows[0].handle.request.salt
+    return salt_of(self.rows[0].handle.request)
 
   @property
   def finished(self) -> bool:
@@ -107,15 +108,16 @@ class Prefiller:
     """Prefill the next chunk of each prompt of the group; return how many positions were run."""
     size = next_chunk(self._sizes, self._left)
     tokens = np.zeros((self._config.prefill_rows, size), np.int32)
-    counts = np.zeros(self._config.prefill_rows, np.int32)
+    counts, adapters = (np.zeros(self._config.prefill_rows, np.int32) for _ in range(2))
     cached = 0
     for place, (prompt, start) in enumerate(zip(self._group, self._starts)):
       first = start + self._done
       chunk = prompt.tokens[first : first + size]
       tokens[place, : len(chunk)], counts[place] = chunk, len(chunk)
+      adapters[place] = prompt.rows[0].adapter
       cached = max(cached, min(first, len(prompt.tokens)))
     read = next(n for n in self._reads if n >= cached)
-    self._executor.prefill_chunk(tokens, counts, read)
+    self._executor.prefill_chunk(tokens, counts, read, adapters)
     self._done += size
     self._left -= size
     self.positions += tokens.size
@@ -132,13 +134,13 @@ class Prefiller:
   def warm_up(self, done: list[CompiledProgram]) -> None:
     """Compile all programs by running them on zero tokens. No group may be active."""
     assert not self.active and not self.ready
-    counts = np.zeros(self._config.prefill_rows, np.int32)
+    counts = np.zeros(self._config.prefill_rows, np.int32)  # and no row has an adapter
     for size, read in itertools.product(self._sizes, self._reads):
       tokens = np.zeros((self._config.prefill_rows, size), np.int32)
       timed_run(
         done,
         'prefill_chunk',
-        lambda: self._executor.prefill_chunk(tokens, counts, read),  # noqa: B023  # runs at once
+        lambda: self._executor.prefill_chunk(tokens, counts, read, counts),  # noqa: B023  # runs at once
         self._executor.wait,
         tokens=size,
         read=read,

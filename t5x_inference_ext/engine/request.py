@@ -43,10 +43,12 @@ class Request:
       scheduler with a vocabulary.
     text: Whether events carry text. Needs a scheduler with a vocabulary.
     top_log_probs: How many of the most likely tokens are returned with each token.
-    salt: Only requests with equal salts share cached prefixes. It names a tenant, or whatever keys
-      and values depend on besides the tokens, such as an adapter.
+    salt: Only requests with equal salts, and equal adapters, share cached prefixes. It names a
+      tenant, or whatever else keys and values depend on besides the tokens.
     grammar: Grammar that the new text of each sample must satisfy; None: any text is allowed. Needs
       a scheduler with a vocabulary, and the extra [structured].
+    adapter: Name of a loaded adapter; None: the model itself. The scheduler puts the adapter's soft
+      prompt, if it has one, in front of `tokens`.
   """
 
   tokens: tuple[int, ...]
@@ -59,6 +61,7 @@ class Request:
   top_log_probs: int = 0
   salt: Hashable = None
   grammar: Grammar | None = None
+  adapter: str | None = None
 
 
 class RequestState(enum.Enum):

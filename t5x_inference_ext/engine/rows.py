@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Sequence
 
+from t5x_inference_ext.engine.adapters import NO_ADAPTERS, AdapterNames
 from t5x_inference_ext.engine.grammars import GrammarMatcher
 from t5x_inference_ext.engine.request import (
   NO_TOKEN,
@@ -26,8 +27,10 @@ class Row:
     end_ids: Tokens that end the row.
     vocabulary: Needed if the request asks for text or has stop texts.
     matcher: Matcher of the request's grammar, in its start state; None without a grammar.
+    adapters: Names of the adapters.
 
   Attributes:
+    adapter: Number of the row's adapter; 0: none.
     tokens: New tokens that the host has read.
     started: For each started program whose output was not read, the most tokens it gives the row.
     finish: Why the row has ended; None while it has not.
@@ -41,6 +44,7 @@ class Row:
     end_ids: Sequence[int],
     vocabulary: Vocabulary | None,
     matcher: GrammarMatcher | None = None,
+    adapters: AdapterNames = NO_ADAPTERS,
   ) -> None:
     self.handle, self.sample, self.end_ids = handle, sample, tuple(end_ids)
     self.matcher = matcher
@@ -48,10 +52,12 @@ class Row:
     self.started: collections.deque[int] = collections.deque()
     self.finish: FinishReason | None = None
     request = handle.request
+    self.adapter = adapters.number(request.adapter)
     self._text = self._stops = None
     if request.text or request.stop_texts:
       assert vocabulary is not None
-      self._text = Detokenizer(vocabulary, request.tokens)
+      soft = len(adapters.prompt(request.adapter))
+      self._text = Detokenizer(vocabulary, request.tokens[soft:])
       self._stops = StopTexts(request.stop_texts)
 
   @property
@@ -180,15 +186,21 @@ class Row:
     return len(new), None
 
 
-def rows_of(handle: Handle, end_ids: Sequence[int], vocabulary: Vocabulary | None) -> list[Row]:
+def rows_of(
+  handle: Handle,
+  end_ids: Sequence[int],
+  vocabulary: Vocabulary | None,
+  adapters: AdapterNames = NO_ADAPTERS,
+) -> list[Row]:
   """Return a row for each sample of a request.
 
   Args:
     handle: The request. If it has a grammar, its handle has a matcher for each sample.
     end_ids: Tokens that end a row if its request gives none.
     vocabulary: See Row.
+    adapters: See Row.
   """
   request = handle.request
   ends = end_ids if request.end_ids is None else request.end_ids
   matchers: Sequence[GrammarMatcher | None] = handle.matchers or [None] * len(request.seeds)
-  return [Row(handle, i, ends, vocabulary, matcher) for i, matcher in enumerate(matchers)]
+  return [Row(handle, i, ends, vocabulary, matcher, adapters) for i, matcher in enumerate(matchers)]

@@ -15,6 +15,7 @@ import collections
 from collections.abc import Sequence
 import warnings
 
+from t5x_inference_ext.engine.adapters import NO_ADAPTERS, AdapterNames
 from t5x_inference_ext.engine.admission import CheckedRequest, admitted
 from t5x_inference_ext.engine.books import wrong_books
 from t5x_inference_ext.engine.decoder import Decoder
@@ -48,6 +49,7 @@ class Scheduler:
     vocabulary: Needed by requests for text, with stop texts or with a grammar.
     inbox: Queue of incoming requests; None: a new one, of this process alone.
     executor: Runs the programs; None: a DeviceExecutor, on the devices of the mesh.
+    adapters: Names of the adapters beside the weights.
   """
 
   def __init__(
@@ -59,8 +61,9 @@ class Scheduler:
     vocabulary: Vocabulary | None = None,
     inbox: Inbox | None = None,
     executor: Executor | None = None,
+    adapters: AdapterNames = NO_ADAPTERS,
   ) -> None:
-    self.model, self.config = model, config
+    self.model, self.config, self.adapters = model, config, adapters
     self._vocabulary, self._inbox = vocabulary, inbox or Inbox()
     if executor is None:
       assert weights is not None
@@ -69,8 +72,8 @@ class Scheduler:
     self._prefixes = PrefixCache(executor, config) if executor.blocks else None
     self._prefiller = Prefiller(executor, config, self._prefixes)
     self._grammars = Grammars(vocabulary, model.config.vocab_size)
-    vocab_size, grammars = model.config.vocab_size, self._grammars.available
-    self._decoder = Decoder(executor, config, vocab_size, grammars=grammars)
+    grammars = self._grammars.available
+    self._decoder = Decoder(executor, config, model.config.vocab_size, grammars=grammars)
     self._table = SlotTable(config, executor.shards)
     self._waiting: collections.deque[Prompt] = collections.deque()
     self._unfinished: dict[int, list[Row]] = {}
@@ -102,8 +105,8 @@ class Scheduler:
   @property
   def wanted(self) -> int:
     """How many more requests the next step could start."""
-    queued = len(self._waiting) + self._inbox.submissions
-    return max(0, self._table.free + self.config.prefill_rows - queued)
+    room = self._table.free + self.config.prefill_rows
+    return max(0, room - len(self._waiting) - self._inbox.submissions)
 
   @property
   def pages(self) -> tuple[int, int]:
@@ -126,6 +129,7 @@ class Scheduler:
     Raises:
       UserError: The request does not fit, its grammar can't be used, or [structured] is missing.
     """
+    request = self.adapters.prompted(request)
     request = admitted(request, self.config, self._table, self.model.config, self._vocabulary)
     return CheckedRequest(request, self._grammars.matchers(request.grammar, len(request.seeds)))
 
@@ -186,7 +190,7 @@ class Scheduler:
         assert handle is not None
         if request.grammar and not handle.matchers:  # another process checked it
           handle.matchers = self._grammars.compiled(request.grammar, len(request.seeds))
-        rows = rows_of(handle, self.config.end_ids, self._vocabulary)
+        rows = rows_of(handle, self.config.end_ids, self._vocabulary, self.adapters)
         self._unfinished[handle.index] = rows
         self._waiting.append(Prompt(request.tokens, rows))
       else:
@@ -237,13 +241,12 @@ class Scheduler:
   def _insert_next(self) -> bool:
     """Insert the next row that is ready; return False if there are too few pages for it."""
     ready = self._prefiller.ready[0]
-    row, length = ready.row, len(ready.prompt.tokens)
+    row, path, length = ready.row, ready.prompt.path, len(ready.prompt.tokens)
     if not row.finished:
-      names = self._table.page_names(ready.prompt.path)
       slot = self._table.find_slot(length + 1)
       if slot is None:
         return False
-      unwritten = self._table.enter(slot, row, length + 1, names)
+      unwritten = self._table.enter(slot, row, length + 1, self._table.page_names(path))
       self._decoder.insert(ready, slot, self._table, unwritten)
       row.handle.state = RequestState.DECODING
     self._prefiller.ready.popleft()
@@ -269,8 +272,7 @@ class Scheduler:
     self._table.leave(slot)
     row.handle.state = RequestState.WAITING
     self._preempted += 1
-    tokens = (*row.handle.request.tokens, *row.tokens)
-    self._waiting.appendleft(Prompt(tokens, [row]))
+    self._waiting.appendleft(Prompt((*row.handle.request.tokens, *row.tokens), [row]))
 
   def _free_full_slots(self) -> None:
     """Free the slots of rows whose last token a started program will produce."""
@@ -292,8 +294,7 @@ class Scheduler:
 
   def _forget(self, row: Row) -> None:
     """Forget a request once all of its rows have ended."""
-    handle = row.handle
-    if all(handle.finish_reasons):
+    if all((handle := row.handle).finish_reasons):
       handle.state, handle.matchers = RequestState.FINISHED, ()
       del self._unfinished[handle.index]
       self._finished += 1

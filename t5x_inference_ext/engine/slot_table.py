@@ -22,6 +22,7 @@ class SlotTable:
     pool: Allocation of the pages that belong to one row each.
     shared: Allocation of the pages with prefixes that several rows share.
     alive: [B] bool. Whether the slot has a row.
+    adapters: [B] int32. Number of the adapter of each slot's row; 0: none.
   """
 
   def __init__(self, config: SchedulerConfig, shards: int) -> None:
@@ -29,6 +30,7 @@ class SlotTable:
     self.pool = PagePool(config.slots, shards, pages, config.page_size, config.pages_of_row)
     self.shared = SharedPageBook(config.slots, config.shared_pages, config.page_size)
     self.alive = np.zeros(config.slots, bool)
+    self.adapters = np.zeros(config.slots, np.int32)
     self.rows: list[Row | None] = [None] * config.slots
     self._shared_of: list[list[int]] = [[] for _ in range(config.slots)]
     self._blocks_of_page = config.page_size // config.block_size
@@ -84,7 +86,7 @@ class SlotTable:
     grown = self.pool.grow(slot, length)
     assert grown, 'find_slot found too few pages'
     self._shared_of[slot] = found
-    self.rows[slot], self.alive[slot] = row, True
+    self.rows[slot], self.alive[slot], self.adapters[slot] = row, True, row.adapter
     return unwritten
 
   def pages_to_write(self, slot: int, unwritten: Sequence[int]) -> RowPages:

@@ -223,7 +223,14 @@ def insert(
   cache = constrain_cache(model, cache, weights)
   axes = model.sampling_axes(prompts.logits.shape[0])
   logits = cache_rows.gather_row(model, prompts.logits, axes, place)
-  state = initial_state(row_params, prompt, length[None], model.config.vocab_size, generated[None])
+  state = initial_state(
+    row_params,
+    prompt,
+    length[None],
+    model.config.vocab_size,
+    generated[None],
+    weights.soft_prompts is not None,
+  )
   state, chosen = advance(row_params, state, logits, length[None], masks=masks)
   rows, states = put_state_row(model, slots.rows, slots.state, slot, row_params, state)
   made = (~state.failed).astype(jnp.int32)

@@ -86,6 +86,7 @@ def initial_state(
   lengths: Int[Array, ' B'],
   vocab_size: int,
   generated: Int[Array, ' B'] | None = None,
+  soft_prompts: bool = False,
 ) -> DecodeState:
   """Return the state of rows before their next token.
 
@@ -96,6 +97,7 @@ def initial_state(
     vocab_size: V.
     generated: [B] int32. How many of the last tokens of `prompts` each row generated before it was
       preempted; None: 0. Such a row goes on as if it had never stopped.
+    soft_prompts: Whether prompts may begin with ids from V on, those of soft prompts.
   """
   count, features = prompts.shape[0], rows.sampling.features
   generated = jnp.zeros(count, jnp.int32) if generated is None else generated
@@ -111,6 +113,7 @@ def initial_state(
       prompts,
       lengths,
       generated,
+      jnp.argmax(prompts < vocab_size, axis=1)[:, None] if soft_prompts else 0,
     )
   width = rows.sampling.stop.shape[2]
   at = lengths[:, None] - width + jnp.arange(width)[None, :]
@@ -121,12 +124,16 @@ def initial_state(
 
 
 def _count(
-  history: jax.Array, prompts: jax.Array, lengths: jax.Array, generated: jax.Array
+  history: jax.Array,
+  prompts: jax.Array,
+  lengths: jax.Array,
+  generated: jax.Array,
+  first: jax.Array | int,
 ) -> jax.Array:
-  """Return the empty history [B, V] with the tokens of prompts [B, T] counted."""
+  """Return the empty history [B, V] with the tokens of prompts [B, T] after `first` counted."""
   row, position = jnp.arange(len(prompts))[:, None], jnp.arange(prompts.shape[1])[None, :]
   valid, given = position < lengths[:, None], position < (lengths - generated)[:, None]
   outside = history.shape[1]
-  in_prompt = jnp.where((position > 0) & given, prompts, outside)
+  in_prompt = jnp.where((position > first) & given, prompts, outside)
   history = history.at[row, in_prompt].set(1, mode='drop')
   return history.at[row, jnp.where(valid & ~given, prompts, outside)].add(2, mode='drop')

@@ -113,7 +113,9 @@ def generate_batch(
   def running(carry: _Carry) -> jax.Array:
     return ~jnp.all(carry[1].ended)
 
-  state = constrain_state(model, initial_state(rows, tokens, lengths, model.config.vocab_size))
+  soft, vocab_size = weights.soft_prompts is not None, model.config.vocab_size
+  state = initial_state(rows, tokens, lengths, vocab_size, soft_prompts=soft)
+  state = constrain_state(model, state)
   state, chosen = advance(rows, state, logits, lengths, model)
   out = jnp.zeros((count, max_new_tokens), jnp.int32).at[:, 0].set(chosen.tokens)
   _, state, _, out, scores = jax.lax.while_loop(

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from t5x_inference_ext.engine import programs
+from t5x_inference_ext.engine.adapters import NO_ADAPTERS, AdapterNames
 from t5x_inference_ext.engine.inputs import (
   check_at_least,
   check_generation,
@@ -58,6 +59,8 @@ def generate_static(
   sampling: SamplingParams | Sequence[SamplingParams],
   seeds: Sequence[int] | None,
   options: StaticOptions,
+  names: AdapterNames = NO_ADAPTERS,
+  adapter: str | None | Sequence[str | None] = None,
 ) -> list[Completion]:
   """Generate for a batch of prompts; arguments and errors are those of Engine.generate.
 
@@ -70,6 +73,8 @@ def generate_static(
     sampling: See Engine.generate.
     seeds: See Engine.generate.
     options: The other options.
+    names: Names of the adapters beside the weights.
+    adapter: See Engine.generate.
   """
   prompts, limits, params, seeds = per_prompt(prompts, max_new_tokens, sampling, seeds)
   vocab_size = model.config.vocab_size
@@ -80,7 +85,16 @@ def generate_static(
     check_at_least(1, prefill_chunk=options.prefill_chunk)
   model.decode_sharding(len(prompts))
   longest = options.prompt_size or max(map(len, prompts))
+  rows = names.of_rows(adapter, len(prompts))
+  if executable is not None and any(rows):
+    raise RequestError(
+      f'the executable {executable.path} was compiled without adapters: run without it'
+    )
   tokens, lengths = model_inputs(prompts, longest, options.bos_id)
+  if any(map(names.prompt, rows)):
+    tokens, lengths = names.inputs(tokens, lengths, rows)
+  if executable is None:
+    weights = names.weights_for(weights, model, rows)
   for i, length in enumerate(lengths.tolist()):
     check_positions(f'prompt {i}', length, model.config)
   stacked = stack_params(params, vocab_size)  # checks ids, too

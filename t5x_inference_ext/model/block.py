@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.model.activations import activate
+from t5x_inference_ext.model.adapters import SCALING, RowAdapters, head_factors, scaled_columns
 from t5x_inference_ext.model.attention import attend
 from t5x_inference_ext.model.attention_columns import AttentionColumns
 from t5x_inference_ext.model.attention_rules import AttentionRules
@@ -38,6 +39,7 @@ from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.quantization.kv import KV, to_cache
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.columns import column_widths
+from t5x_inference_ext.sharding.layout import Axes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, since its fields hold tracers
@@ -57,6 +59,7 @@ class Layer:
     rules: Rules for attention's logits, or None.
     kernel: The kernel that attends to cached positions, or None: plain JAX.
     parts: How the tokens are cut into parts that go through the products one after the other.
+    adapter_rows: [B] int32. Number of the adapter of each row of the pass; None: no row has one.
   """
 
   config: ModelConfig
@@ -68,6 +71,7 @@ class Layer:
   rules: AttentionRules | None = None
   kernel: AttentionKernel | None = None
   parts: TokenParts = TokenParts()
+  adapter_rows: Int[Array, ' B'] | None = None
 
   def __call__(
     self,
@@ -95,13 +99,20 @@ class Layer:
       project = projections(sharding, part, overlaps=self.parts.count > 1)
       w = keep_slices_apart(weights[part.name], part, sharding, self.config)
       summed = sharding.reduce_scatter_dim(part) is not None
-      columns = [self._columns(each, project, w, part) for each in x]
+      adapters = self._adapters(part)
+      columns = [self._columns(each, project, w, part, own) for each, own in zip(x, adapters)]
       outputs: list[list[jax.Array]] = [[] for _ in x]
       if part.attention:
         reshard = AttentionColumns(sharding, self.config, summed)
         attention = self.parts.join([each['attention'] for each in columns])
         q, k, v = prepare_heads(
-          *reshard.to_attention(attention), w.vectors, self.config, sharding, angles
+          *reshard.to_attention(attention),
+          w.vectors,
+          self.config,
+          sharding,
+          angles,
+          head_factors(w.adapters),
+          self._rows(sharding.attention_rows),
         )
         kv = to_cache(k, self.cache_dtype), to_cache(v, self.cache_dtype)
         first_query = reshard.first_query(k.shape[1])
@@ -113,11 +124,30 @@ class Layer:
           attended = attend(q, *kv, context, first_query, rules)
         outputs = [[each] for each in self.parts.split(reshard.from_attention(attended))]
       if part.mlp:  # MLP first: w_out's rows are [MLP | attention]
-        for out, inputs_of_mlp in zip(outputs, columns):
-          out.insert(0, mlp(inputs_of_mlp, w.vectors, self.config, sharding, summed))
-      x = tuple(each + self._finished(project.outputs(out, w), w) for each, out in zip(x, outputs))
+        factors = w.adapters.get(f'{SCALING}mlp_output')
+        for out, inputs_of_mlp, own in zip(outputs, columns, adapters):
+          out.insert(0, mlp(inputs_of_mlp, w.vectors, self.config, sharding, summed, factors, own))
+      x = tuple(
+        each + self._finished(project.outputs(out, w, own), w)
+        for each, out, own in zip(x, outputs, adapters)
+      )
     assert kv is not None, 'a layer has one block part with attention'
     return x, kv
+
+  def _rows(self, axes: Axes) -> Int[Array, ' b'] | None:
+    """Return the adapters of this shard's rows, which `axes` split."""
+    rows = self.adapter_rows
+    return None if rows is None else ops.local_slice(rows, axes, 0)
+
+  def _adapters(self, part: BlockPart) -> list[RowAdapters | None]:
+    """Return the adapters of the rows of each part of the tokens, in a block part's products."""
+    rows = self._rows(self.sharding.rows)
+    if rows is None:
+      return [None] * self.parts.count
+    of_parts = (rows[:, None],) * self.parts.count
+    if self.parts.dim == 0:
+      of_parts = self.parts.split(rows[:, None])
+    return [RowAdapters.of(each[:, 0], self.config, part, self.sharding) for each in of_parts]
 
   def _columns(
     self,
@@ -125,15 +155,16 @@ class Layer:
     project: WeightStationary | WeightGathered,
     w: BlockPartWeights,
     part: BlockPart,
+    adapters: RowAdapters | None,
   ) -> Columns:
     """Normalize x, and return the columns of its product with a block part's input weights."""
     config, features = self.config, self.sharding.residual[2]
     widths = column_widths(config, part, self.sharding.heads.stored.shards)
     if config.has_two_norms(part):
       y = normalized(x, config, features).astype(x.dtype)
-      return project.inputs_of_two_norms(y, w, widths)
+      return project.inputs_of_two_norms(y, w, widths, adapters)
     y = x if w.norm is None else norm(x, w.norm, w.norm_bias, config, features)
-    return project.inputs(y, w, widths)
+    return project.inputs(y, w, widths, adapters)
 
   def _finished(self, y: Float[Array, 'b t e'], w: BlockPartWeights) -> Float[Array, 'b t e']:
     """Apply int8 scales, biases and a norm to a block part's output product.
@@ -156,6 +187,8 @@ def mlp(
   config: ModelConfig,
   sharding: ActivationSharding,
   summed: bool,
+  factors: Float[Array, 'n columns'] | None = None,
+  adapters: RowAdapters | None = None,
 ) -> Float[Array, 'b t f']:
   """Apply the MLP's biases and nonlinearity to its columns.
 
@@ -166,6 +199,8 @@ def mlp(
     sharding: Sharding of the pass's activations.
     summed: Whether the columns are already summed over the embed axes. Otherwise they are partial
       sums; they are reduce-scattered first, and the result is gathered again.
+    factors: Factors of the activated columns by adapter, or None.
+    adapters: Adapters of the rows before that; None: no row has one.
   """
   axes, dim = () if summed else sharding.layout.embed_axes, sharding.mlp_dim
 
@@ -178,4 +213,9 @@ def mlp(
     return (x.astype(jnp.float32) + bias[None, None]).astype(x.dtype)
 
   y = activate(config.mlp, *map(column, reversed(config.mlp_inputs)))
+  if adapters is not None and factors is not None:
+    rows = adapters.rows
+    if dim == 0:
+      rows = ops.local_slice(rows, sharding.layout.embed_axes, 0)
+    y = scaled_columns(y, factors, rows)
   return ops.all_gather(y, axes, dim)

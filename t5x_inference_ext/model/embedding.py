@@ -32,9 +32,10 @@ def embed(
 ) -> Float[Array, 'b t e']:
   """Look up tokens, and return this shard's part of the residual stream.
 
-  An id outside the vocabulary embeds as zeros, as a product with its one-hot vector would. Learned
-  positions are added, and a norm is applied, if the model has them. A token beyond the last learned
-  position becomes NaN, so that its row fails and is not continued wrongly.
+  An id outside the vocabulary embeds as zeros, as a product with its one-hot vector would; but ids
+  from V on are those of soft prompts, if there are any. Learned positions are added, and a norm is
+  applied, if the model has them. A token beyond the last learned position becomes NaN, so that its
+  row fails and is not continued wrongly.
 
   Args:
     weights: This shard's part of the weights.
@@ -50,6 +51,9 @@ def embed(
     if start is not None:
       positions += ops.all_gather(start, sharding.attention_rows, 0)[:, None]
     lookups.append((weights.position_embedding.astype(model.dtype), positions))
+  if weights.soft_prompts is not None:
+    table = weights.soft_prompts.astype(model.dtype)
+    lookups.append((table, tokens - model.config.vocab_size))
   x = _lookups(lookups, model.config.num_positions, sharding)
   if weights.embedding_norm is None:
     return x

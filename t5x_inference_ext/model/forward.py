@@ -69,7 +69,18 @@ def forward(
   parts = token_parts(config, sharding, model.mesh, *tokens.shape)
   x = parts.split(embed(weights, tokens, None if cache is None else start, model, sharding))
   kernel = attention_kernel(model.attention, model.mesh)
-  layer = Layer(config, sharding, model.cache_dtype, angles, cache, read, rules, kernel, parts)
+  layer = Layer(
+    config,
+    sharding,
+    model.cache_dtype,
+    angles,
+    cache,
+    read,
+    rules,
+    kernel,
+    parts,
+    weights.adapter_rows,
+  )
   layers = local_vectors(weights.layers, config, sharding)
   cached = None if cache is None else cache.by_layer(read)
   local = config.local_layers

@@ -4,14 +4,16 @@ All of them are applied to whole heads, after the sums over devices are complete
 """
 
 from collections.abc import Callable, Mapping
+import types
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 import numpy as np
 
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.model.adapters import scaled_heads
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.positions import RotaryAngles, rotate
 from t5x_inference_ext.sharding.activations import ActivationSharding
@@ -26,6 +28,8 @@ def prepare_heads(
   config: ModelConfig,
   sharding: ActivationSharding,
   angles: RotaryAngles | None,
+  factors: Mapping[str, jax.Array] = types.MappingProxyType({}),
+  rows: Int[Array, ' b'] | None = None,
 ) -> tuple[Float[Array, 'b m h q'], Float[Array, 'b t k q'], Float[Array, 'b t k q']]:
   """Apply biases, clipping, norms and rotary positions to queries, keys and values.
 
@@ -35,11 +39,17 @@ def prepare_heads(
     config: The model.
     sharding: Sharding of the pass's activations.
     angles: Rotary angles of the new tokens, or None without rotary positions.
+    factors: Factors [n, heads, q] by adapter of 'query', 'key' or 'value', bias included.
+    rows: [b] int32. Number of each row's adapter; None: no row has one.
   """
-  q, k, v = (
-    _biased(x, vectors.get(f'{name}_bias'), config)
-    for name, x in (('query', q), ('key', k), ('value', v))
-  )
+
+  def finished(name: str, x: jax.Array) -> jax.Array:
+    x = _biased(x, vectors.get(f'{name}_bias'))
+    if rows is not None and name in factors:
+      x = scaled_heads(x, factors[name], rows)
+    return x if config.qkv_clip is None else jnp.clip(x, -config.qkv_clip, config.qkv_clip)
+
+  q, k, v = finished('query', q), finished('key', k), finished('value', v)
   if config.qk_norm != 'none':
     q, k = _normed(q, k, vectors, config, sharding)
   if angles is None:
@@ -47,11 +57,9 @@ def prepare_heads(
   return rotate(q, *angles.queries), rotate(k, *angles.keys), v
 
 
-def _biased(x: jax.Array, bias: jax.Array | None, config: ModelConfig) -> jax.Array:
-  """Add a bias [heads, q], and clip."""
-  if bias is not None:
-    x = (x.astype(jnp.float32) + bias[None, None]).astype(x.dtype)
-  return x if config.qkv_clip is None else jnp.clip(x, -config.qkv_clip, config.qkv_clip)
+def _biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+  """Add a bias [heads, q], if there is one."""
+  return x if bias is None else (x.astype(jnp.float32) + bias[None, None]).astype(x.dtype)
 
 
 def _normed(

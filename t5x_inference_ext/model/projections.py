@@ -15,16 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from t5x_inference_ext.config import BlockPart, ModelConfig
+from t5x_inference_ext.model.adapters import RowAdapters, with_terms
 from t5x_inference_ext.model.collectives import looped, ops
 from t5x_inference_ext.model.collectives.weight_gather import Gatherer
-from t5x_inference_ext.model.norm import scaled
+from t5x_inference_ext.model.weight_gathered import Columns, WeightGathered, scaled_by_two_norms
 from t5x_inference_ext.model.weights import BlockPartWeights
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.sharding.activations import ActivationSharding
-from t5x_inference_ext.sharding.layout import Axes
-
-# Columns [b, t, width] by name: 'gate', 'linear', 'attention'.
-Columns = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +53,30 @@ class WeightStationary:
     return ops.reduce_scatter(y, self.sharding.layout.embed_axes, dim, self.overlaps)
 
   def inputs(
-    self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
+    self,
+    y: Float[Array, 'b t e'],
+    w: BlockPartWeights,
+    widths: Mapping[str, int],
+    adapters: RowAdapters | None = None,
   ) -> Columns:
-    """Multiply y, this shard's part of the normed residual stream, by w_in."""
+    """Multiply y, this shard's part of the normed residual stream, by w_in.
+
+    Args:
+      y: The part.
+      w: The weights.
+      widths: Number of columns by name.
+      adapters: Adapters of the rows, whose low-rank terms are added; None: none.
+    """
     layout = self.sharding.layout
     if layout.ring_directions:
+      terms = self._terms(y, w, adapters)
       y = looped.all_gather_matmul(y, w.w_in, layout.hidden_axes, layout.ring_directions)
       y = y if w.in_scale is None else int8.rescale(y, w.in_scale)
     else:
       y = self._gathered(y)
+      terms = self._terms(y, w, adapters)
       y = int8.matmul(y, w.w_in, w.in_scale)
+    y = with_terms(y, terms)
     dim = self.sharding.reduce_scatter_dim(self.block_part)
     y = self._sum_columns(y, dim)  # all columns at once, before they are cut
     # If MLP and attention columns are one array, attention's output is later written into it,
@@ -78,8 +89,25 @@ class WeightStationary:
       offset += width
     return columns
 
+  def _terms(
+    self,
+    y: Float[Array, 'b t e'],
+    w: BlockPartWeights,
+    adapters: RowAdapters | None,
+    columns: slice = slice(None),
+  ) -> jax.Array | None:
+    """Return the low-rank terms of some columns; y is a ring's slice, or gathered."""
+    layout = self.sharding.layout
+    if adapters is None:
+      return None
+    return adapters.input_terms(y, w, columns, layout.hidden_axes if layout.ring_directions else ())
+
   def inputs_of_two_norms(
-    self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
+    self,
+    y: Float[Array, 'b t e'],
+    w: BlockPartWeights,
+    widths: Mapping[str, int],
+    adapters: RowAdapters | None = None,
   ) -> Columns:
     """Scale y by the norms of attention and of the MLP, and multiply by their columns of w_in.
 
@@ -89,11 +117,12 @@ class WeightStationary:
       y: This shard's part of the normalized residual stream, not yet scaled.
       w: The weights.
       widths: Number of columns by name.
+      adapters: See `inputs`.
     """
     layout, dim = self.sharding.layout, self.sharding.reduce_scatter_dim(self.block_part)
     if not layout.ring_directions:
       y = self._gathered(y)
-    attention, mlp = _scaled_by_two_norms(y, w)
+    attention, mlp = scaled_by_two_norms(y, w)
     last = w.w_in.shape[1] - widths['attention']
     products = []
     for normed, block in (mlp, slice(0, last)), (attention, slice(last, None)):
@@ -104,6 +133,7 @@ class WeightStationary:
       else:
         x = int8.matmul(normed, w.w_in[:, block])
       x = x if w.in_scale is None else int8.rescale(x, w.in_scale[block])
+      x = with_terms(x, self._terms(normed, w, adapters, block))
       products.append(self._sum_columns(x, dim))
     columns, offset = {'attention': products[1]}, 0
     for name, width in widths.items():
@@ -112,31 +142,30 @@ class WeightStationary:
         offset += width
     return columns
 
-  def outputs(self, columns: list[jax.Array], w: BlockPartWeights) -> Float[Array, 'b t e']:
-    """Multiply `columns`, joined in the order of w_out's rows, by w_out, without out_scale."""
+  def outputs(
+    self, columns: list[jax.Array], w: BlockPartWeights, adapters: RowAdapters | None = None
+  ) -> Float[Array, 'b t e']:
+    """Multiply `columns`, joined in the order of w_out's rows, by w_out, without out_scale.
+
+    Args:
+      columns: The columns: the MLP's, then attention's, as far as the block part has them.
+      w: The weights.
+      adapters: See `inputs`.
+    """
     layout = self.sharding.layout
     y = _side_by_side(columns, w.w_out.shape[0])
     dim = self.sharding.reduce_scatter_dim(self.block_part)
     if dim is not None:
       y = ops.all_gather(y, layout.embed_axes, dim)
-    if layout.ring_directions:
-      return looped.matmul_reduce_scatter(y, w.w_out, layout.hidden_axes, layout.ring_directions)
-    y, split = int8.matmul(y, w.w_out), self.sharding.residual_dim
+    ring, hidden = layout.ring_directions, layout.hidden_axes
+    terms = None if adapters is None else adapters.output_terms(y, w, hidden if ring else ())
+    if ring:
+      y = looped.matmul_reduce_scatter(y, w.w_out, hidden, ring)
+      return with_terms(y, terms)
+    y, split = with_terms(int8.matmul(y, w.w_out), terms), self.sharding.residual_dim
     if split is None:
       return ops.all_reduce(y, layout.hidden_axes)
     return ops.reduce_scatter(y, layout.hidden_axes, split)
-
-
-def _scaled_by_two_norms(
-  y: Float[Array, 'b t e'], w: BlockPartWeights
-) -> tuple[Float[Array, 'b t e'], Float[Array, 'b t e']]:
-  """Scale y by the two norms; return the inputs of attention and of the MLP."""
-  assert w.norm is not None
-  y32 = y.astype(jnp.float32)
-  return (
-    scaled(y32, w.norm, w.norm_bias, y.dtype),
-    scaled(y32, w.vectors['mlp_norm'], w.vectors.get('mlp_norm_bias'), y.dtype),
-  )
 
 
 def _side_by_side(columns: list[jax.Array], width: int) -> jax.Array:
@@ -161,76 +190,6 @@ def _side_by_side(columns: list[jax.Array], width: int) -> jax.Array:
     return first
 
   return jax.lax.platform_dependent(*columns, cpu=concatenated, default=in_place)
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightGathered:
-  """Gathers weights to the activations, one matrix at a time: a whole layer would not fit."""
-
-  sharding: ActivationSharding
-  gatherer: Gatherer
-
-  @property
-  def _residual_dim(self) -> int:
-    dim = self.sharding.residual_dim
-    assert dim is not None, 'layouts that gather weights split the residual stream over all axes'
-    return dim
-
-  def _gathered(self, stored: Axes) -> Axes:
-    return tuple(a for a in stored if a in self.sharding.layout.gathered_axes)
-
-  @property
-  def _embed(self) -> Axes:
-    return self._gathered(self.sharding.layout.stored_embed)
-
-  @property
-  def _hidden(self) -> Axes:
-    return self._gathered(self.sharding.layout.stored_hidden)
-
-  def inputs(
-    self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
-  ) -> Columns:
-    """Multiply y, this shard's part of the normed residual stream, by w_in."""
-    y = ops.all_gather(y, self.sharding.layout.hidden_axes, self._residual_dim)  # [b, t, E]
-    return self._columns(dict.fromkeys(widths, y), w, widths)
-
-  def inputs_of_two_norms(
-    self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
-  ) -> Columns:
-    """Scale y by two norms, and multiply by w_in; see WeightStationary."""
-    y = ops.all_gather(y, self.sharding.layout.hidden_axes, self._residual_dim)  # [b, t, E]
-    attention, mlp = _scaled_by_two_norms(y, w)
-    return self._columns({**dict.fromkeys(widths, mlp), 'attention': attention}, w, widths)
-
-  def _columns(
-    self, inputs: Mapping[str, jax.Array], w: BlockPartWeights, widths: Mapping[str, int]
-  ) -> Columns:
-    columns, stop = {}, w.w_in.shape[1]
-    # Attention's columns are computed first, because attention takes longest before the output
-    # matmul.
-    for name, width in reversed([*widths.items()]):
-      block = slice(stop - width, stop)
-      x = self.gatherer.matmul(inputs[name], w.w_in[:, block], self._embed, self._hidden)
-      if w.in_scale is not None:
-        x = int8.rescale(x, ops.all_gather(w.in_scale[block], self._hidden, 0))
-      columns[name] = x
-      stop -= width
-    return columns
-
-  def outputs(self, columns: list[jax.Array], w: BlockPartWeights) -> Float[Array, 'b t e']:
-    """Multiply `columns`, joined in the order of w_out's rows, by w_out, without out_scale."""
-    products, start = [], 0
-    copies = ops.axis_size(self._hidden)
-    for x in columns:
-      rows = x.shape[-1] // copies  # rows of one stored shard
-      block = w.w_out[start : start + rows]
-      products.append(self.gatherer.matmul(x, block, self._hidden, self._embed))
-      start += rows
-    y = products[0]
-    for product in products[1:]:
-      y = y + product
-    layout = self.sharding.layout
-    return ops.reduce_scatter(y, layout.hidden_axes, self._residual_dim)
 
 
 def keep_slices_apart(

@@ -14,10 +14,11 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.cache import KeysValues, KVCache, with_heads
 from t5x_inference_ext.model.kernel_attention import check_attention
 from t5x_inference_ext.model.pages import PagedCache, SharedPages
-from t5x_inference_ext.model.weights import Weights, build_weights
+from t5x_inference_ext.model.weights import LayerWeights, Weights, build_weights
 from t5x_inference_ext.quantization.kv import KV
 from t5x_inference_ext.sharding import activations
 from t5x_inference_ext.sharding.activations import ActivationSharding
+from t5x_inference_ext.sharding.adapter_packing import adapter_spec
 from t5x_inference_ext.sharding.layout import Axes, Layout, check_pair
 from t5x_inference_ext.sharding.packing import packed_tensors
 
@@ -131,7 +132,34 @@ class ShardedModel:
     def spec(name: str, layers: slice | int | None) -> P:
       return P(*(None,) * isinstance(layers, slice), *tensors[name].spec)
 
-    return build_weights(tensors, self.config.num_layers, weights.stacked, spec)
+    specs = build_weights(tensors, self.config.num_layers, weights.stacked, spec)
+    return self._with_adapter_specs(specs, weights)
+
+  def _with_adapter_specs(self, specs: Weights, weights: Weights) -> Weights:
+    """Add the specs of adapters, as far as `weights` has them."""
+    lead = (None,) * weights.stacked
+
+    def of_layer(spec: LayerWeights, layer: LayerWeights) -> LayerWeights:
+      found = {}
+      for part, w in layer.items():
+        adapters: Any = {n: P(*lead, *adapter_spec(n, self.prefill_layout)) for n in w.adapters}
+        found[part] = dataclasses.replace(spec[part], adapters=adapters)
+      return found
+
+    layers: Any
+    if isinstance(weights.layers, tuple) and isinstance(specs.layers, tuple):
+      layers = tuple(map(of_layer, specs.layers, weights.layers))
+    else:
+      assert isinstance(weights.layers, dict) and isinstance(specs.layers, dict)
+      layers = of_layer(specs.layers, weights.layers)
+    table: Any = specs.embedding
+    replicated: Any = P()
+    return dataclasses.replace(
+      specs,
+      layers=layers,
+      soft_prompts=None if weights.soft_prompts is None else table,
+      adapter_rows=None if weights.adapter_rows is None else replicated,
+    )
 
   def kv_spec(self, sharding: ActivationSharding, weights: Weights) -> Any:
     """Return PartitionSpecs of keys (or values): one if layers are stacked, else one per layer."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from t5x_inference_ext.config import BlockPart, ModelConfig
+from t5x_inference_ext.model.adapters import SCALING
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.weights import BlockPartWeights
 from t5x_inference_ext.sharding.activations import ActivationSharding
@@ -37,7 +38,8 @@ def local_vectors(layers: Any, config: ModelConfig, sharding: ActivationSharding
 
   Returns:
     Like `layers`. Vectors over E features become [.., e], split like the residual stream; vectors
-    over MLP columns become [.., f]; vectors over queries or keys become [.., heads, Q].
+    over MLP columns become [.., f]; vectors over queries or keys become [.., heads, Q]. Adapters'
+    factors of columns are cut likewise.
   """
   parts = {part.name: part for part in config.block_parts}
 
@@ -67,8 +69,24 @@ def _cut_part(
       vectors[field] = take_heads(by_head, heads.cached(), key_axes)
     else:
       vectors[field] = cut(x, by_field.get(field, sharding.residual[2]))
+  adapters: dict[str, Any] = dict(w.adapters)
+  for name, factors in adapters.items():
+    field = name.removeprefix(SCALING)
+    if field == name:  # a low-rank term, split like its matrix
+      continue
+    if field == 'mlp_output':
+      adapters[name] = cut(factors, mlp_axes(part, sharding))
+    else:
+      by_head = factors.reshape(*factors.shape[:-1], -1, config.d_head)
+      own = field == 'query'
+      adapters[name] = take_heads(
+        by_head,
+        heads.queries() if own else heads.cached(),
+        sharding.attention_heads if own else key_axes,
+      )
   return dataclasses.replace(
     w,
+    adapters=adapters,
     norm=cut(w.norm, input_axes),
     norm_bias=cut(w.norm_bias, input_axes),
     out_scale=cut(w.out_scale),

@@ -29,6 +29,7 @@ class BlockPartWeights:
     in_scale: [columns] float32 with quantized weights, else None.
     out_scale: [E] float32 with quantized weights, else None.
     vectors: Other norms, and biases of matrices, by field name (params.vector_names). float32.
+    adapters: Arrays of all loaded adapters, by name (sharding/adapter_packing.py).
   """
 
   norm: jax.Array | None
@@ -38,6 +39,7 @@ class BlockPartWeights:
   in_scale: jax.Array | None = None
   out_scale: jax.Array | None = None
   vectors: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+  adapters: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def of(cls, fields: Mapping[str, Any]) -> 'BlockPartWeights':
@@ -69,6 +71,10 @@ class Weights:
     embedding_norm_bias: [E] float32, or None. Bias of that norm.
     position_embedding: [P, E] like the embedding, or None. Added to it.
     relative_bias: [H, buckets] float32, or None. T5's bias of attention logits by distance.
+    soft_prompts: [P, E] like the embedding, or None. Embeddings of the ids from V on: the soft
+      prompts of all adapters.
+    adapter_rows: [B] int32, or None. Number of the adapter of each row of a pass; 0, or None: no
+      adapter. See `for_rows`.
   """
 
   embedding: jax.Array
@@ -81,11 +87,28 @@ class Weights:
   embedding_norm_bias: jax.Array | None = None
   position_embedding: jax.Array | None = None
   relative_bias: jax.Array | None = None
+  soft_prompts: jax.Array | None = None
+  adapter_rows: jax.Array | None = None
+
+  def for_rows(self, adapters: Any) -> 'Weights':
+    """Return the weights as a pass over rows with these adapters uses them.
+
+    Args:
+      adapters: [B] int32, of JAX or NumPy. Number of each row's adapter, from 1 on; 0: none. None:
+        no row has one.
+    """
+    return dataclasses.replace(self, adapter_rows=adapters)
 
   @property
   def stacked(self) -> bool:
     """Whether the layers' arrays are stacked: one array for all layers, with a leading L."""
     return not isinstance(self.layers, tuple)
+
+  @property
+  def has_adapters(self) -> bool:
+    """Whether rows may have adapters other than soft prompts."""
+    layer = self.layers[0] if isinstance(self.layers, tuple) else self.layers
+    return any(part.adapters for part in layer.values())
 
   @property
   def quantized(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from t5x_inference_ext.checkpoints.conventions import CONVENTION_NAMES, Conventions
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.engine.adapters import named_paths
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import stack_params
 from t5x_inference_ext.errors import RequestError
@@ -25,12 +26,13 @@ from t5x_inference_ext.text.stop_texts import check_stop_texts
 BATCHING = ('continuous', 'static')
 MODES = ('predict', 'predict_with_aux', 'score')
 # Headings of --help, in order.
-_NEEDED, _COMMON, _WRITTEN, _SHARDING, _BATCHING = (
+_NEEDED, _COMMON, _WRITTEN, _SHARDING, _BATCHING, _ADAPTERS = (
   'Required',
   'Common',
   'Written for each token',
   'Sharding, memory and compilation',
   'Batching',
+  'Adapters',
 )
 
 
@@ -175,6 +177,17 @@ class InferOptions(Conventions):
     group=_BATCHING,
     least=1,
   )
+  adapters: tuple[str, ...] = option(
+    (),
+    help='Adapters that rows can choose, NAME=PATH[,NAME=PATH...]: directories that PEFT saved, or '
+    'saved prompts of T5X (docs/adapters.md). May be repeated.',
+    group=_ADAPTERS,
+  )
+  adapter: str | None = option(
+    None,
+    help='Name of the adapter of rows that name none; by default the model itself.',
+    group=_ADAPTERS,
+  )
   speculate: str | None = option(
     None,
     help='Drafts of the next tokens, so that a step may give several: ngram:8 drafts up to 8 that '
@@ -192,7 +205,9 @@ class InferOptions(Conventions):
     check_pair(*self.layouts)
     check_stop_texts(self.stop)
     object.__setattr__(self, 'stop', tuple(self.stop))
+    object.__setattr__(self, 'adapters', tuple(self.adapters))
     self._check_generation_options()
+    named_paths(self.adapters, self.adapter)
     if self.speculate is not None:
       parse_speculation(self.speculate)
     if self.executable is not None and self.mode == 'score':
@@ -231,6 +246,11 @@ class InferOptions(Conventions):
     for name, value in given.items():
       if value:
         raise RequestError(f'{name} {why}')
+
+  @property
+  def adapter_paths(self) -> dict[str, str]:
+    """Name -> path of each adapter."""
+    return named_paths(self.adapters)
 
   @property
   def conventions(self) -> dict[str, Any]:

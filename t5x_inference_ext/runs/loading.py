@@ -128,9 +128,12 @@ def load_engine(options: InferOptions, checkpoint: Checkpoint, mesh: jax.shardin
       decode_layout=options.decode_layout,
       scan_layers=options.scan_layers,
       executable=options.executable,
+      adapters=options.adapter_paths,
       progress=lambda jobs: progress(jobs, 'loading weights', len(jobs)),
     )
   model = engine.model
+  if options.adapters:
+    print_on_main(f'adapters: {", ".join(engine.adapters.prompts)}')
   print_on_main(
     f'layouts: prefill {model.prefill_layout}, decode {model.decode_layout}, {options.dtype} '
     f'activations, {checkpoint.weights} weights, {model.cache_dtype} cache'
@@ -200,6 +203,7 @@ def description(options: InferOptions, engine: Engine) -> dict[str, Any]:
     'max_length': options.max_length,
     'num_decodes': options.num_decodes,
     **({} if options.speculate is None else {'speculate': options.speculate}),
+    **({'adapters': options.adapter_paths, 'adapter': options.adapter} if options.adapters else {}),
     'batching': 'continuous' if options.continuous else 'static',
     'jax': jax.__version__,
     'devices': jax.devices()[0].device_kind,

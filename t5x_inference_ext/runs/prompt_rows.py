@@ -7,6 +7,7 @@ import reprlib
 from typing import Any, TypeAlias, TypeVar
 
 from t5x_inference_ext.checkpoints import Checkpoint
+from t5x_inference_ext.engine.adapters import NO_ADAPTERS, AdapterNames
 from t5x_inference_ext.engine.grammars import Grammars
 from t5x_inference_ext.engine.inputs import check_positions, check_start
 from t5x_inference_ext.engine.scoring import tokens_read
@@ -17,6 +18,7 @@ from t5x_inference_ext.text.vocabulary import encode_pair
 from t5x_inference_ext.text_files import parse_json
 
 MAX_COMPLAINTS = 10
+UNSTATED = ''  # no adapter has this name
 EXAMPLE = '{"prompt": "def f("}'
 
 Text: TypeAlias = str | list[int]
@@ -35,6 +37,7 @@ class PromptRow:
     completion: Text or token ids to score; None if nothing is scored.
     sampling: The row's own sampling options; None if it has none, or is scored.
     grammar: The row's grammar; None if it has none, or is scored.
+    adapter: Name of the row's own adapter, null for none; UNSTATED if the row does not say.
   """
 
   line: int
@@ -43,6 +46,7 @@ class PromptRow:
   completion: Text | None = None
   sampling: dict[str, Any] | None = None
   grammar: Grammar | None = None
+  adapter: str | None = UNSTATED
 
   @property
   def is_text(self) -> bool:
@@ -105,6 +109,7 @@ def tokenize(
   checkpoint: Checkpoint,
   run: RowSampling,
   max_prompt: int | None = None,
+  adapters: AdapterNames = NO_ADAPTERS,
 ) -> list[TokenizedRow]:
   """Tokenize rows. If prompt and completion are both text, they are encoded together.
 
@@ -114,11 +119,12 @@ def tokenize(
     checkpoint: The model, with a vocabulary if a row has text or a grammar.
     run: Sampling options for rows without their own.
     max_prompt: Maximum number of prompt tokens for which the cache has room; None: no limit.
+    adapters: Names of the adapters that rows can choose.
 
   Raises:
-    RequestError: Rows have ids outside the vocabulary, prompts longer than the cache or than the
-      model's positions, empty prompts without BOS, invalid sampling options, or invalid grammars.
-      The message gives their lines.
+    RequestError: Rows have an unknown adapter, ids outside the vocabulary, prompts longer than the
+      cache or than the model's positions, empty prompts without BOS, invalid sampling options, or
+      invalid grammars. The message gives their lines.
   """
   vocabulary, bos_id = checkpoint.vocabulary, checkpoint.bos_id
   config, vocab_size = checkpoint.config, checkpoint.config.vocab_size
@@ -155,13 +161,16 @@ def tokenize(
   def tokenized(row: PromptRow) -> TokenizedRow:
     prompt, completion = scored(row)
     check_start('`prompt`', prompt, bos_id)
+    adapter = run.adapter if row.adapter == UNSTATED else row.adapter
+    adapters.number(adapter)  # raises if it is unknown
+    soft = len(adapters.prompt(adapter))
     if row.completion is None:
-      check_positions('the prompt', len(prompt) + (bos_id is not None), config)
+      check_positions('the prompt', soft + len(prompt) + (bos_id is not None), config)
     else:
-      check_positions('the row', tokens_read(prompt, completion, bos_id), config)
-    if max_prompt is not None and len(prompt) > max_prompt:
+      check_positions('the row', soft + tokens_read(prompt, completion, bos_id), config)
+    if max_prompt is not None and soft + len(prompt) > max_prompt:
       raise ValueError(
-        f'the prompt is longer than the cache: {len(prompt)} tokens, and there is room for '
+        f'the prompt is longer than the cache: {soft + len(prompt)} tokens, and there is room for '
         f'{max_prompt} beside the new ones: shorten it, raise --cache_length or lower '
         '--max_new_tokens'
       )
@@ -171,7 +180,7 @@ def tokenize(
     if row.grammar is not None:
       grammars.matchers(row.grammar, 1)  # raises if the grammar is invalid
       options = dataclasses.replace(options, grammar=row.grammar)
-    return TokenizedRow(prompt, completion, options)
+    return TokenizedRow(prompt, completion, dataclasses.replace(options, adapter=adapter))
 
   return _map_rows(path, rows, tokenized, lambda row: row.line)
 
@@ -198,6 +207,9 @@ def _parse(number: int, line: str, score: bool) -> PromptRow:
     found = f'it has {names}' if fields else 'it is empty'
     raise ValueError(f'no "prompt" ({found}): write {{"prompt": TEXT or [token ids]}}')
   prompt = _text('prompt', fields['prompt'])
+  adapter = fields.get('adapter', UNSTATED)
+  if 'adapter' in fields and adapter is not None and not (isinstance(adapter, str) and adapter):
+    raise ValueError(f'"adapter" must be the name of an adapter or null, not {_kind(adapter)}')
   if not score:
     sampling = fields.get('sampling')
     if sampling is not None and not isinstance(sampling, dict):
@@ -207,13 +219,13 @@ def _parse(number: int, line: str, score: bool) -> PromptRow:
     grammar = fields.get('grammar')
     if grammar is not None:
       grammar = Grammar.from_dict(grammar)
-    return PromptRow(number, fields, prompt, sampling=sampling, grammar=grammar)
+    return PromptRow(number, fields, prompt, sampling=sampling, grammar=grammar, adapter=adapter)
   for name in ('tokens', 'completion'):
     if fields.get(name) is not None:
       completion = _text(name, fields[name])
       if not completion:
         raise ValueError(f'"{name}" is empty: there is nothing to score')
-      return PromptRow(number, fields, prompt, completion)
+      return PromptRow(number, fields, prompt, completion, adapter=adapter)
   raise ValueError(
     'no "completion" to score: write {"prompt": ..., "completion": TEXT or [token ids]}, or '
     '"tokens" with ids'

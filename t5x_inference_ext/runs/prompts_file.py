@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from t5x_inference_ext import distributed
+from t5x_inference_ext.engine.adapters import AdapterNames, read_adapters
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.request import NOT_FINITE, Completion, Request, Sample
 from t5x_inference_ext.engine.scoring import ScoringExample
@@ -63,9 +64,12 @@ def prepare(
     name, source = printable(text.name), printable(text.source)
     print_on_main(f'vocabulary: {name} ({source}){"" if vocabulary else _IDS_ALONE}')
     infer_options.check_vocab_size(options, rows_of_model)
-    default = RowSampling(options.sampling, options.max_new_tokens, stop=options.stop)
+    default = RowSampling(
+      options.sampling, options.max_new_tokens, stop=options.stop, adapter=options.adapter
+    )
+    names = AdapterNames.of(read_adapters(options.adapter_paths, checkpoint), rows_of_model)
     tokenized = prompt_rows.tokenize(
-      files.prompts, rows, checkpoint, default, None if scoring else options.max_prompt
+      files.prompts, rows, checkpoint, default, None if scoring else options.max_prompt, names
     )
     if not scoring:
       samples = options.num_decodes * len(rows)
@@ -76,8 +80,10 @@ def prepare(
         options.cache_length
         or max(len(row.prompt) + row.options.max_new_tokens for row in tokenized),
       )
-    if not options.continuous and any(row.options != default for row in tokenized):
-      raise RequestError('some rows have `grammar` or `sampling`, which need batching=continuous')
+    if not options.continuous and not scoring and any(row.options != default for row in tokenized):
+      raise RequestError(
+        'some rows have `adapter`, `grammar` or `sampling`, which need batching=continuous'
+      )
     if not options.continuous:
       # A saved program supports only one end token.
       ends = text.end_ids[1:] if options.executable else ()
@@ -151,8 +157,11 @@ def _work(
   if options.mode == 'score':
     longest = max(len(row.prompt) + len(row.completion) for _, row in todo)
     tokens = loading.batch_rows(options, engine, len(todo)) * batches.prompt_size(longest)
-    group = [(i, ScoringExample.of(row.prompt, row.completion, text.bos_id)) for i, row in todo]
-    return ScoreWork(engine, [group], tokens, clock), {'tokens': tokens}
+    groups: dict[str | None, list[tuple[int, ScoringExample]]] = {}
+    for i, row in todo:
+      example = ScoringExample.of(row.prompt, row.completion, text.bos_id)
+      groups.setdefault(row.options.adapter, []).append((i, example))
+    return ScoreWork(engine, groups.items(), tokens, clock), {'tokens': tokens}
   if options.continuous:
     requests = [(i, _request(i, row, options, text)) for i, row in todo]
     return refill_work(
@@ -188,6 +197,7 @@ def _request(
     stop_texts=row.options.stop,
     top_log_probs=options.top_log_probs,
     grammar=row.options.grammar,
+    adapter=row.options.adapter,
   )
 
 

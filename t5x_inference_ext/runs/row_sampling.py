@@ -28,6 +28,7 @@ class RowSampling:
       derived from the run's seed and the row's index.
     stop: Texts that end the row.
     grammar: The grammar that the row's text must satisfy; None: any text.
+    adapter: Name of the row's adapter; None: the model itself.
   """
 
   sampling: SamplingParams
@@ -35,6 +36,7 @@ class RowSampling:
   seed: int | None = None
   stop: tuple[str, ...] = ()
   grammar: Grammar | None = None
+  adapter: str | None = None
 
 
 def row_sampling(

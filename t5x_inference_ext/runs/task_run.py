@@ -261,8 +261,9 @@ def _work(
 ) -> Work:
   """Return the work of the remaining examples, which are read lazily."""
   if options.mode == 'score':
+    bos_id = engine.checkpoint.bos_id
     groups = (
-      [(row, tasks.scoring_example(example, engine.checkpoint.bos_id)) for row, example in some]
+      (options.adapter, [(row, tasks.scoring_example(each, bos_id)) for row, each in some])
       for some in batches.batched(todo, SCORED_BATCHES * batch)
     )
     return ScoreWork(engine, groups, batch * sum(source.feature_lengths.values()), clock)
@@ -290,4 +291,5 @@ def _request(row: int, tokens: list[int], options: InferOptions, bos: tuple[int,
   if options.max_length is not None:
     limit = min(limit, options.max_length - len(tokens))
   seeds = batches.row_seeds(options.seed, row, options.num_decodes)
-  return Request(tasks.with_bos(row, tokens, bos), seeds, limit, options.sampling)
+  prompt, sampling = tasks.with_bos(row, tokens, bos), options.sampling
+  return Request(prompt, seeds, limit, sampling, adapter=options.adapter)

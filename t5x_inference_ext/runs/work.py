@@ -9,6 +9,7 @@ a loop:
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+import functools
 import itertools
 from typing import Any, Protocol
 
@@ -120,9 +121,12 @@ def refill_work(
   first = list(itertools.islice(requests, ahead))
   if not first:
     return NoWork(), {}
+  names = engine.adapters
+  if sizes.get('max_length') is not None:  # of rows without their soft prompts
+    sizes['max_length'] += max(map(len, names.prompts.values()), default=0)
   config = scheduler_config.config_for(
     engine.model,
-    [request for _, request in first],
+    [names.prompted(request) for _, request in first],
     prefill_chunk=options.prefill_chunk,
     prefill_budget=options.prefill_budget,
     decode_steps=scheduler_config.BATCH_DECODE_STEPS,
@@ -134,7 +138,7 @@ def refill_work(
   grammars = any(request.grammar for _, request in first)
   programs = config.programs_text(page_shards(engine.model, config.slots), grammars=grammars)
   print_on_main(f'programs, at most {programs}')
-  scheduler = Scheduler(engine.model, engine.weights, config, vocabulary=vocabulary)
+  scheduler = Scheduler(engine.model, engine.weights, config, vocabulary=vocabulary, adapters=names)
   work = RefillWork(scheduler, itertools.chain(first, requests), clock)
   return work, {'batch': config.slots, 'max_length': config.max_length}
 
@@ -185,6 +189,7 @@ class StaticWork:
         cache_size=shape.cache,
         prompt_size=shape.prompt,
         max_length=shape.length,
+        adapter=options.adapter,
       )[: len(prompts)]
     self._clock.add(len(prompts), sum(len(c.tokens) for c in completions))
     return list(zip(rows, completions))
@@ -195,8 +200,8 @@ class ScoreWork:
 
   Args:
     engine: The engine to run on.
-    groups: Lists of pairs (row, example). Examples of similar lengths within a group are scored
-      together.
+    groups: Pairs (name of an adapter or None, list of pairs (row, example)). Examples of similar
+      lengths within a group are scored together.
     tokens: Maximum number of tokens of a batch, padding included.
     clock: Counts time, rows and tokens.
   """
@@ -204,7 +209,7 @@ class ScoreWork:
   def __init__(
     self,
     engine: Engine,
-    groups: Iterable[Sequence[tuple[int, ScoringExample]]],
+    groups: Iterable[tuple[str | None, Sequence[tuple[int, ScoringExample]]]],
     tokens: int,
     clock: Clock,
   ) -> None:
@@ -214,19 +219,22 @@ class ScoreWork:
 
   def step(self) -> list[tuple[int, np.ndarray]]:
     """Score the next batch."""
-    group, pack = next(self._packs, ((), None))
+    adapter, group, pack = next(self._packs, (None, (), None))
     if pack is None:
       self.finished = True
       return []
     with self._clock.running():
-      scored = scoring.score_pack(self._engine.log_probs, [e for _, e in group], pack)
+      log_probs = functools.partial(self._engine.log_probs, adapter=adapter)
+      scored = scoring.score_pack(log_probs, [e for _, e in group], pack)
     for item, _ in scored:
       self._clock.add(1, int(np.count_nonzero(group[item][1].weights)))
     return [(group[item][0], scores) for item, scores in scored]
 
   def _packed(
-    self, groups: Iterable[Sequence[tuple[int, ScoringExample]]], packer: length_buckets.Packer
-  ) -> Iterator[tuple[Sequence[tuple[int, ScoringExample]], length_buckets.Pack]]:
-    for group in groups:
+    self,
+    groups: Iterable[tuple[str | None, Sequence[tuple[int, ScoringExample]]]],
+    packer: length_buckets.Packer,
+  ) -> Iterator[tuple[str | None, Sequence[tuple[int, ScoringExample]], length_buckets.Pack]]:
+    for adapter, group in groups:
       for pack in packer.pack([len(example.targets) for _, example in group]):
-        yield group, pack
+        yield adapter, group, pack

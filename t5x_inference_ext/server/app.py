@@ -133,17 +133,21 @@ class _Gate:
 
 
 async def _models(service: Service, request: Request) -> Response:
-  return JSONResponse({'object': 'list', 'data': [_card(service)]})
+  cards = [_card(service, name) for name in service.models]
+  return JSONResponse({'object': 'list', 'data': cards})
 
 
 async def _model(service: Service, request: Request) -> Response:
-  service.check_model(request.path_params['name'])
-  return JSONResponse(_card(service))
+  name = request.path_params['name']
+  service.check_model(name)
+  return JSONResponse(_card(service, name))
 
 
-def _card(service: Service) -> dict[str, Any]:
+def _card(service: Service, name: str) -> dict[str, Any]:
+  """Return the description of the model, or of an adapter with the model as its parent."""
   return {
-    'id': service.name,
+    'id': name,
+    **({} if name == service.name else {'parent': service.name}),
     'object': 'model',
     'created': service.began,
     'owned_by': 't5x_inference_ext',

@@ -52,13 +52,13 @@ async def complete(service: Service, request: Request) -> ASGIApp:
     return found
 
   async def form(found: _Requests) -> _Form:
-    ids = [each.tokens[len(translator.bos) :] for each in found]
+    ids = [translator.given_tokens(each)[len(translator.bos) :] for each in found]
     echoes: list[tuple[str, dict[str, Any] | None]] = []
     if body.echo:
       echoes = await asyncio.gather(
         *(_echo(service, body, prompt, each) for prompt, each in zip(prompts, found))
       )
-    return CompletionForm(body, service.name, service.texts, echoes, ids)
+    return CompletionForm(body, body.model or service.name, service.texts, echoes, ids)
 
   sizes = [size_of(prompt) for prompt in prompts]
   return await _answer(service, request, body, sizes, requests, form, sum(sizes) > SHORT)
@@ -81,7 +81,7 @@ async def chat(service: Service, request: Request) -> ASGIApp:
 
   async def form(found: _Requests) -> _Form:
     del found
-    return ChatForm(body, service.name, service.texts)
+    return ChatForm(body, body.model or service.name, service.texts)
 
   # Render in another thread, since a template may take long even for short messages.
   sizes = [size_of(messages) + size_of(body.tools)]
@@ -102,12 +102,14 @@ async def _echo(
 ) -> tuple[str, dict[str, Any] | None]:
   """Return a prompt's text and, if requested, the log-probabilities of its tokens."""
   translator = service.translator
-  ids = found.tokens[len(translator.bos) :]
+  ids = translator.given_tokens(found)[len(translator.bos) :]
   text = prompt if isinstance(prompt, str) else ''
   if not isinstance(prompt, str) and translator.vocabulary is not None:
     text = translator.vocabulary.decode(ids)
   if body.logprobs is None:
     return text, None
+  if found.adapter is not None:
+    raise invalid('logprobs of an echoed prompt are those of the model alone: ask for it', 'echo')
   ranked = await service.driver.score(PromptToScore(found.tokens, body.logprobs))
   # Without BOS, a prompt's first token has no log-probability, because no token precedes it.
   unknown = [None] * (len(ids) - len(ranked.log_probs))
@@ -154,8 +156,10 @@ async def _answer(
     slow = in_thread or body.response_format is not None
     checked = await asyncio.to_thread(check) if slow else check()
     found = [each.request for each in checked]
-    answer.prompt_tokens = sum(len(each.tokens) for each in found)
+    answer.prompt_tokens = sum(len(service.translator.given_tokens(each)) for each in found)
     if body.receipt or request.headers.get('x-receipt') == '1':
+      if any(each.adapter for each in found):
+        raise invalid('a receipt does not record adapters: ask the model itself', 'receipt')
       driver = service.driver
       answer.receipt = ReceiptWriter(service.make_receipt, found, driver.now, answer.arrived)
     form = await make_form(found)

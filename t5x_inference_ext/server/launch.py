@@ -118,7 +118,12 @@ def make_served(
   )
   inbox = StepInbox()
   scheduler = Scheduler(
-    engine.model, engine.weights, config, vocabulary=settings.vocabulary, inbox=inbox
+    engine.model,
+    engine.weights,
+    config,
+    vocabulary=settings.vocabulary,
+    inbox=inbox,
+    adapters=engine.adapters,
   )
   return ServedEngine(engine, scheduler, inbox, PromptRanker(scheduler, engine.weights))
 
@@ -141,9 +146,11 @@ def make_service(
   """Return the service. The driver's thread does not run yet."""
   engine, checkpoint = served.engine, served.engine.checkpoint
   name = options.model_name or os.path.basename(os.path.normpath(checkpoint.path))
+  if name in engine.adapters.prompts:
+    raise RequestError(f'model_name={name} is also the name of an adapter: give another one')
   return Service(
     Driver(served.scheduler, served.inbox, served.ranker.rank),
-    Translator(settings, engine.model.config.vocab_size, options.max_length),
+    Translator(settings, engine.model.config.vocab_size, options.max_length, engine.adapters),
     name,
     checkpoint.weights,
     options,

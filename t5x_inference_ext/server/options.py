@@ -17,6 +17,7 @@ NOT_SERVED = (
   'top_log_probs',
   'cache_length',
   'executable',
+  'adapter',
   'batching',
 )
 _HTTP, _TEXT, _LOAD, _SAFETY = 'HTTP', 'Text', 'Load', 'Safety'

@@ -5,6 +5,7 @@ from typing import Any
 
 from t5x_inference_ext import __version__
 from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.errors import name_list
 from t5x_inference_ext.server.access import Hosts, Keys, read_keys
 from t5x_inference_ext.server.admission_queue import WaitingBounds
 from t5x_inference_ext.server.api_errors import ApiError, unavailable
@@ -64,6 +65,11 @@ class Service:
     """The scheduler."""
     return self.driver.scheduler
 
+  @property
+  def models(self) -> tuple[str, ...]:
+    """Names that requests can choose: the model's own, then those of adapters."""
+    return self.name, *self.translator.adapters.prompts
+
   def check_open(self) -> None:
     """Raise ApiError if the server accepts no new work."""
     if self.draining:
@@ -72,11 +78,12 @@ class Service:
       raise unavailable(f'the engine has stopped: {self.driver.error}', 'engine_dead')
 
   def check_model(self, name: str | None) -> None:
-    """Raise ApiError if a request asks for another model."""
-    if name is not None and name != self.name:
+    """Raise ApiError if a request asks for another model. Adapters are asked for as models."""
+    if name is not None and name not in self.models:
+      known = name_list(map(repr, self.models), len(self.models))
       raise ApiError(
         404,
-        f'there is no model {name[:60]!r}: this server has {self.name!r}',
+        f'there is no model {name[:60]!r}: this server has {known}',
         param='model',
         code='model_not_found',
       )

@@ -6,6 +6,7 @@ import json
 import secrets
 from typing import Any
 
+from t5x_inference_ext.engine.adapters import NO_ADAPTERS, AdapterNames
 from t5x_inference_ext.engine.inputs import check_tokens
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
@@ -29,9 +30,17 @@ class Translator:
     settings: The checkpoint's text settings: vocabulary, BOS, chat template.
     vocab_size: V.
     max_length: Maximum number of tokens of a prompt and its answer together, BOS included.
+    adapters: Names of the adapters that requests can choose, as models.
   """
 
-  def __init__(self, settings: TextSettings, vocab_size: int, max_length: int) -> None:
+  def __init__(
+    self,
+    settings: TextSettings,
+    vocab_size: int,
+    max_length: int,
+    adapters: AdapterNames = NO_ADAPTERS,
+  ) -> None:
+    self.adapters = adapters
     self.settings, self.vocabulary, self._chat = settings, settings.vocabulary, settings.chat
     self._vocab_size, self.max_length = vocab_size, max_length
 
@@ -134,7 +143,9 @@ class Translator:
     Raises:
       ApiError: The prompt is too long, too many tokens are requested, or an option is invalid.
     """
-    room = self.room(len(tokens), param)
+    adapter = body.model if body.model in self.adapters.prompts else None
+    length = len(tokens) and len(self.adapters.prompt(adapter)) + len(tokens)
+    room = self.room(length, param)
     chat = isinstance(body, ChatBody)
     limit, name = body.max_tokens, 'max_tokens'
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
@@ -143,7 +154,7 @@ class Translator:
       limit = room if chat else min(DEFAULT_TOKENS, room)
     if limit > room:
       raise invalid(
-        f'{name}={limit} does not fit: the prompt has {len(tokens)} tokens, and prompt and answer '
+        f'{name}={limit} does not fit: the prompt has {length} tokens, and prompt and answer '
         f'together at most {self.max_length} (--max_length): ask for at most {room}',
         name,
         'context_length_exceeded',
@@ -160,7 +171,12 @@ class Translator:
       top_log_probs=top,
       salt=body.cache_salt,
       grammar=grammar_of(body.response_format),
+      adapter=adapter,
     )
+
+  def given_tokens(self, request: Request) -> tuple[int, ...]:
+    """Return a checked request's tokens as its client gave them: without a soft prompt."""
+    return request.tokens[len(self.adapters.prompt(request.adapter)) :]
 
   def sampling(self, body: GenerationBody) -> SamplingParams:
     """Return sampling parameters; the checkpoint's recommendations are the defaults.

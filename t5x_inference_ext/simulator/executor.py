@@ -61,9 +61,11 @@ class ClockExecutor:
     """Advance the clock by the start of a group."""
     self._start('start_prefill', blocks=int(copies.count) if copies else 0)
 
-  def prefill_chunk(self, tokens: np.ndarray, counts: np.ndarray, read: int) -> None:
+  def prefill_chunk(
+    self, tokens: np.ndarray, counts: np.ndarray, read: int, adapters: np.ndarray
+  ) -> None:
     """Advance the clock by a chunk."""
-    del counts
+    del counts, adapters
     self._start('prefill_chunk', tokens=tokens.shape[1], read=read)
 
   def save_blocks(self, copies: BlockCopies) -> None:
@@ -97,10 +99,11 @@ class ClockExecutor:
     until_free: bool,
     read: int,
     read_shared: int,
-    prices: np.ndarray | None = None,
+    prices: np.ndarray | None,
+    adapters: np.ndarray,
   ) -> Any:
     """Take the time of decode steps; each row gets a token a step until its limit."""
-    del pages, prices
+    del pages, prices, adapters
     return self._steps(alive, steps, until_free, read, read_shared)
 
   def _steps(
@@ -116,10 +119,10 @@ class ClockExecutor:
     return self._output(done, self._config.decode_steps, counts, self._left)
 
   def decode_logits(
-    self, pages: SlotPages, alive: np.ndarray, read: int, read_shared: int
+    self, pages: SlotPages, alive: np.ndarray, read: int, read_shared: int, adapters: np.ndarray
   ) -> tuple[int, int]:
     """Return the sizes of a step; `choose_masked` then advances the clock by the whole step."""
-    del pages, alive
+    del pages, alive, adapters
     return read, read_shared
 
   def choose_masked(self, logits: Any, alive: np.ndarray, masks: TokenMasks) -> Any:

@@ -108,7 +108,9 @@ class _Timer:
   def _chunk(self, size: int, read: int = 0) -> None:
     rows = self._config.prefill_rows
     tokens = np.full((rows, size), 3, np.int32)
-    self._executor.prefill_chunk(tokens, np.full(rows, size, np.int32), read)
+    self._executor.prefill_chunk(
+      tokens, np.full(rows, size, np.int32), read, np.zeros(rows, np.int32)
+    )
 
   def prefill(self) -> Iterator[PricedProgram]:
     """Yield the times of chunks."""
@@ -147,8 +149,9 @@ class _Timer:
       yield PricedProgram('insert', {'positions': length}, seconds)
 
   def _step(self, read: int, shared: int) -> StepsOutput:
-    pages, alive = self._table.pages(), self._table.alive.copy()
-    return self._executor.decode_steps(pages, alive, 1, False, read, shared)
+    table = self._table
+    pages, alive, adapters = table.pages(), table.alive.copy(), table.adapters.copy()
+    return self._executor.decode_steps(pages, alive, 1, False, read, shared, None, adapters)
 
   def _reads(self) -> Iterator[tuple[int, int]]:
     pages = self._config.reads_of_pages(self._executor.shards)

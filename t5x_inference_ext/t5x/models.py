@@ -129,6 +129,7 @@ class InferenceModel(ShardedDecoder):
       return open_checkpoint(path, config=config, stock=_in_front, **conventions)
 
     self.open_checkpoint = open_with_conventions
+    opened: Checkpoint | None = None
     if checkpoint is not None:
       opened = self.open_checkpoint(checkpoint, config=config)
       config, weights = opened.config, opened.weights
@@ -164,7 +165,8 @@ class InferenceModel(ShardedDecoder):
     self._predictor: Predictor | None = None
     if refill is not None:
       refill = refill.with_defaults(decode_options(decode_fn))
-      self._predictor = Predictor(model, refill, vocabulary.eos_id or EOS_ID, bos_id)
+      self._predictor = Predictor(model, refill, vocabulary.eos_id or EOS_ID, bos_id, opened)
+    self._has_adapter = refill is not None and refill.adapter is not None
     platform = model.mesh.devices.flat[0].platform
     module = InferenceModule(model, weights, scans_layers(config.num_layers, scan_layers, platform))
     super().__init__(module, vocabulary, decode_fn, inputs_length, bos_id, feature_converter_cls)
@@ -211,6 +213,7 @@ class InferenceModel(ShardedDecoder):
       num_decodes = self._stock_options.get('num_decodes', 1)
     if self._predictor and decoder_params is None and is_concrete(params, batch):
       return self._predictor(params, batch, rng, num_decodes, return_all_decodes)
+    self._check_no_adapter("T5X's own loop")
     return super().predict_batch_with_aux(
       params,
       batch,
@@ -219,6 +222,19 @@ class InferenceModel(ShardedDecoder):
       num_decodes=num_decodes,
       decoder_params=decoder_params,
     )
+
+  def score_batch(self, *arguments: Any, **options: Any) -> Any:
+    """Return scores; see ShardedDecoder.score_batch."""
+    self._check_no_adapter('score_batch')
+    return super().score_batch(*arguments, **options)
+
+  def _check_no_adapter(self, what: str) -> None:
+    """Raise RequestError if the model has an adapter, which only predictions from the host have."""
+    if self._has_adapter:
+      raise RequestError(
+        f'{what} does not take Refill.adapter: fold the adapter into the weights with '
+        'convert_checkpoint --adapter, or leave it out'
+      )
 
 
 def _mesh(mesh: str | jax.sharding.Mesh | None, config: ModelConfig) -> jax.sharding.Mesh:

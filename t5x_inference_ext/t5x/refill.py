@@ -15,7 +15,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from t5x_inference_ext.checkpoints import Checkpoint
+from t5x_inference_ext.checkpoints.adapters.adapter import Adapter
+from t5x_inference_ext.checkpoints.adapters.load import load_adapters
 from t5x_inference_ext.engine import scheduler_config
+from t5x_inference_ext.engine.adapters import AdapterNames, read_adapters
 from t5x_inference_ext.engine.executor import DeviceExecutor
 from t5x_inference_ext.engine.open_drafter import Drafters
 from t5x_inference_ext.engine.request import Request
@@ -29,6 +33,8 @@ from t5x_inference_ext.speculation import parse_speculation
 from t5x_inference_ext.t5x.decode_options import DecodeOptions
 from t5x_inference_ext.t5x.module import weights_from_params
 from t5x_inference_ext.t5x.types import Array, Batch, Params, Predictions
+
+_ADAPTER = 'adapter'  # name of the adapter of all predictions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Refill:
     chunk: Maximum number of positions of a prompt in one prefill pass.
     budget: Maximum number of prompt tokens prefilled between two decode steps.
     speculate: Drafts that steps check, such as 'ngram:8'; None: none.
+    adapter: Path of an adapter of all predictions (docs/adapters.md); None: the model itself.
 
   Raises:
     RequestError: A number is not whole, or less than 1, or `speculate` names no drafts.
@@ -55,6 +62,7 @@ class Refill:
   chunk: int = 256
   budget: int = 2048
   speculate: str | None = None
+  adapter: str | None = None
 
   def __post_init__(self) -> None:
     for name in ('slots', 'max_new_tokens', 'chunk', 'budget'):
@@ -87,11 +95,31 @@ class Predictor:
     refill: Options; `sampling` must not be None.
     eos_id: Token that ends a prediction.
     bos_id: Token in front of each prompt, where T5X's batches always have 0; None: none.
+    checkpoint: The checkpoint that T5X restores; needed by an adapter.
+
+  Raises:
+    RequestError: There is an adapter, but no checkpoint.
+    CheckpointError: The adapter does not fit the checkpoint.
   """
 
-  def __init__(self, model: Model, refill: Refill, eos_id: int, bos_id: int | None) -> None:
+  def __init__(
+    self,
+    model: Model,
+    refill: Refill,
+    eos_id: int,
+    bos_id: int | None,
+    checkpoint: Checkpoint | None = None,
+  ) -> None:
     self._model, self._refill, self._eos_id, self._bos_id = model, refill, eos_id, bos_id
     self._drafters = Drafters(model)
+    self._checkpoint, self._adapters = checkpoint, dict[str, Adapter]()
+    if refill.adapter is not None:
+      if checkpoint is None:
+        raise RequestError(
+          'Refill.adapter needs the checkpoint of its model: bind InferenceModel.checkpoint'
+        )
+      self._adapters = read_adapters({_ADAPTER: refill.adapter}, checkpoint)
+    self._names = AdapterNames.of(self._adapters, model.config.vocab_size)
     self._scheduler: Scheduler | None = None
     self._params: Params | None = None  # the parameters that the scheduler was made with
 
@@ -162,7 +190,9 @@ class Predictor:
     tokens = (*bos, *inputs[1:count].tolist())
     if not tokens:
       raise RequestError('an example has an empty prompt, and this model has no BOS to start from')
-    return Request(tokens, tuple(seeds.tolist()), int(max(limit, 1)), sampling)
+    adapter = _ADAPTER if self._adapters else None
+    seeds_of_row, limit = tuple(seeds.tolist()), int(max(limit, 1))
+    return Request(tokens, seeds_of_row, limit, sampling, adapter=adapter)
 
   def _slots(self, params: Params, requests: Sequence[Request], length: int) -> Scheduler:
     """Return a scheduler for sequences of `length` tokens: the previous one if it is suitable."""
@@ -172,7 +202,7 @@ class Predictor:
       requests,
       slots=refill.slots,
       end_ids=(self._eos_id,),
-      max_length=length + 1,
+      max_length=length + 1 + len(self._names.prompt(_ADAPTER)),
       prefill_chunk=refill.chunk,
       prefill_budget=refill.budget,
       decode_steps=scheduler_config.BATCH_DECODE_STEPS,
@@ -181,8 +211,11 @@ class Predictor:
     known = self._params is params and self._scheduler is not None
     if self._scheduler is None or not known or not self._scheduler.config.covers(config):
       model, weights = self._model, weights_from_params(params)
+      if self._checkpoint is not None and self._adapters:
+        adapters = [*self._adapters.values()]
+        weights = load_adapters(adapters, self._checkpoint, model, weights)
       runs = DeviceExecutor(model, weights, config, self._drafters.open(config.speculate))
-      self._scheduler = Scheduler(model, weights, config, executor=runs)
+      self._scheduler = Scheduler(model, weights, config, executor=runs, adapters=self._names)
       self._params = params
     return self._scheduler
 

@@ -145,6 +145,28 @@ def test_a_traced_step_is_t5x_s_loop(palm_tiny, batch):
   np.testing.assert_array_equal(model.predict_batch(state.params, batch), traced)
 
 
+def test_predictions_with_a_saved_prompt(palm_tiny, batch, tmp_path):
+  """A prompt of T5X's prompt tuning, in front of every example; scores and T5X's loop refuse it."""
+  prompt = np.random.default_rng(0).normal(size=(5, 256)).astype(np.float32)
+  file = tmp_path / 'decoder.prompt.prompt.prompt'
+  with file.open('wb') as f:
+    np.save(f, prompt)
+  model = running.adapter_model(palm_tiny, refill=Refill(max_new_tokens=6, adapter=str(file)))
+  state, _, _ = running.restored(model, palm_tiny)
+  found = model.predict_batch(state.params, batch)
+  engine = Engine.load(palm_tiny, mesh='1x1x1', dtype='float32', adapters={'task': file})
+  prompts = [row['prompt_tokens'] for row in inference_tasks.rows()][: len(found)]
+  wanted = engine.generate(prompts, max_new_tokens=6, adapter='task')
+  plain = engine.generate(prompts, max_new_tokens=6)
+  for row, each in zip(found, wanted, strict=True):
+    assert row[: len(each.tokens)].tolist() == each.tokens
+  assert [each.tokens for each in wanted] != [each.tokens for each in plain]
+  with pytest.raises(RequestError, match='score_batch does not take Refill.adapter'):
+    model.score_batch(state.params, batch)
+  with pytest.raises(RequestError, match="T5X's own loop does not take Refill.adapter"):
+    jax.jit(lambda params, batch: model.predict_batch(params, batch))(state.params, batch)
+
+
 def test_what_is_refused(palm_tiny, tmp_path):
   with pytest.raises(RequestError, match='Refill.slots must be a whole number, 1 or more, got 0'):
     Refill(slots=0)

@@ -36,6 +36,7 @@ def conversion_record(source: Checkpoint, scale_search: str) -> dict[str, Any]:
       'conventions': {
         name: dataclasses.asdict(stated) for name, stated in source.conventions.items()
       },
+      'module_map': None if source.module_map is None else source.module_map.to_dict(),
       'rescale_logits': rescaled.value if rescaled and source.format in TREES else None,
       'index_crc32': _index_checksum(source.path)
       if source.index_crc32 is None

@@ -1,5 +1,6 @@
 """Verification of a finished checkpoint, against its manifest and against its source."""
 
+from collections.abc import Mapping
 import functools
 import json
 import math
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from t5x_inference_ext.checkpoints import serving, storage
+from t5x_inference_ext.checkpoints.adapters.folding import FOLDED_NOTE
 from t5x_inference_ext.checkpoints.checkpoint import TREES, open_checkpoint
 from t5x_inference_ext.checkpoints.conversion import t5x_output
 from t5x_inference_ext.checkpoints.conversion.conversion import Conversion, ConversionProgress
@@ -52,6 +54,11 @@ def verify(
   path = storage.normalize(path)
   manifest_name, manifest = read_manifest(path)
   small_files = check_manifest(path, manifest_name, manifest)
+  if source is not None and _has_folded_adapter(manifest):
+    raise CheckpointError(
+      f'{path} was made with an adapter folded in, so its values are not those of {source}: verify '
+      'it alone'
+    )
   tensors = serving.read_listed(path, _listed(manifest), manifest_name, cached=False)
   total = sum(t.nbytes for t in tensors.values())
   lock = threading.Lock()
@@ -175,3 +182,9 @@ def read_manifest(path: str) -> tuple[str, dict[str, Any]]:
     f'{path} was not written by a conversion: it has no manifest ({serving.CONFIG} or '
     f'{t5x_output.MANIFEST}) to verify it against'
   )
+
+
+def _has_folded_adapter(manifest: Mapping[str, Any]) -> bool:
+  source = manifest.get('source')
+  notes = source.get('notes') if isinstance(source, dict) else None
+  return isinstance(notes, list) and any(str(note).startswith(FOLDED_NOTE) for note in notes)

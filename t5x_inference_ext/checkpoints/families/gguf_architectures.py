@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from t5x_inference_ext.checkpoints.families.family import FamilyModel
+from t5x_inference_ext.checkpoints.families.module_map import ModuleMap
 from t5x_inference_ext.checkpoints.families.registry import family_model
 from t5x_inference_ext.checkpoints.families.settings import Settings
 from t5x_inference_ext.checkpoints.tensor import Tensor
@@ -155,8 +156,10 @@ ARCHITECTURES = {
 
 def gguf_family_model(
   metadata: Mapping[str, Any], stored: Mapping[str, Tensor], where: str
-) -> FamilyModel:
-  """Return the model that a GGUF file's metadata describes, with the file's tensor names.
+) -> tuple[FamilyModel, ModuleMap]:
+  """Return the model that a GGUF file's metadata describes, and its modules in transformers.
+
+  The first result has the file's tensor names.
 
   Args:
     metadata: Values by key.
@@ -183,7 +186,7 @@ def gguf_family_model(
     modules |= dict.fromkeys(('query', 'key', 'value'), _FUSED)
   if model.config.parallel_norms == 2 and architecture.family == 'falcon':
     modules |= {'attention_norm': _SECOND_NORM, 'mlp_norm': f'{_BLOCK}attn_norm'}
-  return dataclasses.replace(
+  in_file = dataclasses.replace(
     model,
     modules=modules,
     fused='stacked' if fused else '',
@@ -192,6 +195,7 @@ def gguf_family_model(
     norm_offset=0.0,
     skipped_positions=0,
   )
+  return in_file, ModuleMap.of(model)
 
 
 def _settings(

@@ -121,13 +121,29 @@ def _heads(
     stored_shape[axis] = (c.num_heads + 2 * c.num_kv_heads) * c.d_head
     stored_shape[axis] += 2 * c.d_ff * (model.fused == 'lucidrains')
   _check_shape(tensor, tuple(stored_shape), stored_name)
-  interleaved = model.interleaved and name != 'value' and c.rotary_size
-  if not model.fused and not interleaved:
-    return tensor
-  order = np.arange(shape[axis]) if not model.fused else fused_order(c, model.fused, name)
-  if interleaved:
-    order = order[halves_order(c, len(order) // c.d_head)]
-  return Reordered(tensor, axis, order, c.d_head)
+  order = column_order(c, name, model.fused, model.interleaved)
+  return tensor if order is None else Reordered(tensor, axis, order, c.d_head)
+
+
+def column_order(
+  c: ModelConfig, name: str, fused: str, interleaved: bool
+) -> npt.NDArray[np.int64] | None:
+  """Return the stored index of each column of a canonical matrix; None: they are equal.
+
+  Args:
+    c: The model.
+    name: Name of the matrix.
+    fused: See FamilyModel. Only some matrices are part of a fused one.
+    interleaved: See FamilyModel.
+  """
+  if name not in _HEADS and not (fused == 'lucidrains' and name in ('linear', 'gate')):
+    return None
+  rotated = interleaved and name in ('query', 'key') and c.rotary_size
+  if not fused and not rotated:
+    return None
+  heads = getattr(c, _HEADS.get(name, 'num_heads'))
+  order = fused_order(c, fused, name) if fused else np.arange(heads * c.d_head)
+  return order[halves_order(c, len(order) // c.d_head)] if rotated else order
 
 
 def fused_order(c: ModelConfig, fused: str, name: str) -> npt.NDArray[np.int64]:

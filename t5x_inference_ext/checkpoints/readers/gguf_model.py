@@ -17,7 +17,7 @@ def read_gguf_model(path: str) -> PublicModel:
     CheckpointError: The architecture is unknown, the model can't be served, or the file is damaged.
   """
   header, stored, types = read_gguf(path)
-  model = gguf_family_model(header.metadata, stored, path)
+  model, module_map = gguf_family_model(header.metadata, stored, path)
   lists = {k.removeprefix(_TEXT): v for k, v in header.metadata.items() if k.startswith(_TEXT)}
   counts = collections.Counter(types.values())
   return PublicModel.of_family(
@@ -30,4 +30,5 @@ def read_gguf_model(path: str) -> PublicModel:
     title=f'GGUF file at {path}, architecture {header.metadata["general.architecture"]}',
     types=', '.join(f'{name} ({count})' for name, count in counts.most_common()),
     settings=(ROPE_FREQS,),
+    module_map=module_map,
   )

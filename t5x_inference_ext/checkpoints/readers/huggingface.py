@@ -11,6 +11,7 @@ from t5x_inference_ext.checkpoints.families.lucidrains import (
   is_lucidrains,
   lucidrains_model,
 )
+from t5x_inference_ext.checkpoints.families.module_map import ModuleMap
 from t5x_inference_ext.checkpoints.families.registry import family_model, family_of
 from t5x_inference_ext.checkpoints.families.settings import Settings
 from t5x_inference_ext.checkpoints.readers.public_model import PublicModel
@@ -65,6 +66,7 @@ def read_huggingface(path: str, norm_scale: str | None = None) -> PublicModel | 
     zlib.crc32(data, crc),
     title=f'model of the family {settings.value("model_type")} at {path}',
     notes=notes if unread else (),
+    module_map=ModuleMap.of(model),
   )
 
 

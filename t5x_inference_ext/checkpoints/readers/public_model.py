@@ -6,6 +6,7 @@ import dataclasses
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
 from t5x_inference_ext.checkpoints.families.family import FamilyModel
+from t5x_inference_ext.checkpoints.families.module_map import ModuleMap
 from t5x_inference_ext.checkpoints.families.tensors import canonical_tensors, weights_dtype
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.config import ModelConfig
@@ -26,6 +27,7 @@ class PublicModel:
     notes: Lines for commands to print: properties that were found or assumed.
     text: The source's text settings, without those that can't be used.
     index_crc32: CRC-32 of all headers, which identifies the source.
+    module_map: Modules that hold the matrices in transformers; None if it has no such model.
   """
 
   path: str
@@ -37,6 +39,7 @@ class PublicModel:
   notes: tuple[str, ...]
   text: TextSettings
   index_crc32: int
+  module_map: ModuleMap | None = None
 
   @classmethod
   def of_family(
@@ -52,6 +55,7 @@ class PublicModel:
     notes: Collection[str] = (),
     types: str = '',
     settings: Collection[str] = (),
+    module_map: ModuleMap | None = None,
   ) -> 'PublicModel':
     """Make a PublicModel from a model of a family and the stored tensors.
 
@@ -66,6 +70,7 @@ class PublicModel:
       notes: The last notes.
       types: Text with the stored types, if these differ from the dtype of the values that are read.
       settings: Names of stored tensors that hold settings, not weights.
+      module_map: See the attributes.
 
     Raises:
       CheckpointError: A tensor is missing, has a wrong shape, or is not used by the model.
@@ -80,7 +85,18 @@ class PublicModel:
       *model.notes,
       *notes,
     )
-    return cls(path, source_format, model.config, dtype, tensors, stored, lines, text, index_crc32)
+    return cls(
+      path,
+      source_format,
+      model.config,
+      dtype,
+      tensors,
+      stored,
+      lines,
+      text,
+      index_crc32,
+      module_map,
+    )
 
   @property
   def arrays(self) -> tuple[SourceArray, ...]:

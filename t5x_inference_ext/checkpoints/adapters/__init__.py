@@ -1,0 +1,1 @@
+"""Adapters of frozen models: LoRA, (IA)^3 and soft prompts, read into canonical tensors."""
