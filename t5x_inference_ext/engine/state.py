@@ -1,6 +1,7 @@
 """Per-row state of decoding, and the tokens that a step chooses. See advance.py."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -104,16 +105,17 @@ def initial_state(
   history = None
   if features is None or features.penalties:
     arrays, history = rows.sampling, jnp.zeros((count, vocab_size), jnp.int32)
+    # A constant where there are no soft prompts, so that the program has no operand for it.
+    first = jnp.argmax(prompts < vocab_size, axis=1)[:, None] if soft_prompts else 0
     everyone, nobody = jnp.ones(count, bool), jnp.zeros(count, bool)
     history = when(
       live_features(arrays, everyone, nobody, vocab_size).penalties,
-      _count,
+      functools.partial(_count, first=first),
       lambda history, *_: history,
       history,
       prompts,
       lengths,
       generated,
-      jnp.argmax(prompts < vocab_size, axis=1)[:, None] if soft_prompts else 0,
     )
   width = rows.sampling.stop.shape[2]
   at = lengths[:, None] - width + jnp.arange(width)[None, :]
