@@ -13,7 +13,6 @@ import jax
 
 from t5x_inference_ext.errors import RequestError, UserError
 from t5x_inference_ext.planner.costs import PassCost, cost
-from t5x_inference_ext.planner.efficiency import IDEAL
 from t5x_inference_ext.planner.memory import PlannedMemory, memory
 from t5x_inference_ext.planner.request import Plan
 from t5x_inference_ext.planner.text import table, wrap
@@ -34,9 +33,9 @@ CALIBRATED_ROW = 'all, compiled one calibrated'
 # weights.
 GROUPS = {
   'products and weights': (('matmul',), ('matmuls', 'logits', 'weight load')),
-  'attention and cache': (('attention',), ('attention', 'cache load')),
+  'attention and cache': (('attention',), ('attention', 'softmax', 'cache load')),
   COLLECTIVES_ROW: (('collective',), ('activations moved', 'weights moved')),
-  'copies and others': (('copy', 'relayout', 'other'), ()),
+  'copies and others': (('copy', 'relayout', 'other'), ('elementwise', 'launches')),
 }
 
 
@@ -48,7 +47,8 @@ class CheckRow:
     name: A key of GROUPS, or the quantity that is compared.
     unit: 's' or 'bytes'.
     predicted: The planner's value, at the plan's efficiency.
-    at_full_rate: The planner's value at the chip's peak rates; equal to `predicted` for bytes.
+    at_full_rate: The planner's value in the convention 'compiled', at the chip's peak rates; equal
+      to `predicted` for bytes.
     compiled: The compiler's estimate, which is also at peak rates.
   """
 
@@ -140,7 +140,7 @@ def _checked(plan: Plan, planned: PassCost, say: Callable[[str], None]) -> Check
 
 
 def _time_rows(predicted: PassCost, compiled: Estimate) -> Iterator[CheckRow]:
-  ideal, by_kind = predicted.at(IDEAL), compiled.by_kind
+  ideal, by_kind = cost(predicted.case, 'compiled'), compiled.by_kind
   for name, (kinds, parts) in GROUPS.items():
     # Overlapped time is not in the predicted parts, but is in the compiler's serial estimate: add
     # it.

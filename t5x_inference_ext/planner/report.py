@@ -25,7 +25,8 @@ def plan_text(choice: Choice, rows: int = ROWS) -> str:
 def _heading(plan: Plan) -> list[str]:
   r, e, machine = plan.request, plan.decode.efficiency, plan.machine
   links = {
-    'torus': 'links of its own axes for each collective, with hops',
+    'torus': 'links of its own axes for each collective, one axis after the other, with hops',
+    'compiled': 'links of all its axes for each collective, with hops, at full rate',
     'paper': f'{machine.chip.network_bandwidth / 1e9:.0f} GB/s for every collective, no hops',
   }[r.convention]
   empty = plan.rows - r.batch
@@ -112,10 +113,13 @@ _LESS = {
   'matmuls': 'computes less in matmuls',
   'logits': 'computes less in logits',
   'attention': 'computes less in attention',
+  'softmax': "moves fewer of attention's logits in memory",
+  'elementwise': 'has less elementwise work',
   'weight load': 'loads fewer weights',
   'cache load': 'loads less of the cache',
   'activations moved': 'moves fewer activations',
   'weights moved': 'waits less for gathered weights',
+  'launches': 'launches fewer kernels',
 }
 
 

@@ -159,7 +159,9 @@ def test_the_total_is_the_prefill_and_all_steps():
   plan = choose(PlanRequest(PALM, 64), [Machine.parse('v4:4x4x4')]).plan
   assert plan.seconds == plan.prefill.seconds + 64 * plan.decode.seconds
   assert plan.prefill.case.length == 1920 and plan.decode.case.context == 1952
-  assert plan.memories['prefill'].cache == plan.memories['decode'].cache
+  pinned = PlanRequest(PALM, 64, layouts=tuple(map(Layout.parse, ('wg_xyz/batch', 'ws_2d/batch'))))
+  memories = choose(pinned, [Machine.parse('v4:4x4x4')]).plan.memories
+  assert memories['prefill'].cache == memories['decode'].cache
   assert plan.request.context == 1984
   assert plan.chip_seconds_per_token == pytest.approx(64 * plan.seconds / 64**2)
 
@@ -330,7 +332,7 @@ def test_a_model_that_no_machine_divides_is_refused():
     (dict(input_length=0), 'input_length must be'),
     (dict(weights='int4'), 'weights must'),
     (dict(output_length=-1), 'output_length must be'),
-    (dict(convention='wires'), 'convention must be one of torus, paper'),
+    (dict(convention='wires'), 'convention must be one of torus, compiled, paper'),
   ],
 )
 def test_a_request_that_makes_no_sense_is_refused(fields, words):
