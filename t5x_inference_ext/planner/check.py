@@ -169,7 +169,7 @@ def _byte_rows(
   predicted: PassCost, estimate: Estimate, compiled: CompiledMemory, held: PlannedMemory
 ) -> Iterator[CheckRow]:
   moved = sum(c.count * c.collective.moved for c in predicted.collectives)
-  sent = sum(_sent_bytes(c) for c in estimate.costs)
+  sent = sent_bytes(estimate.costs)
   for name, planned_bytes, compiled_bytes in (
     ('sent by a chip', moved, sent),
     ('weights held', held.weights, compiled.weights),
@@ -179,14 +179,19 @@ def _byte_rows(
     yield CheckRow(name, 'bytes', planned_bytes, planned_bytes, compiled_bytes)
 
 
-def _sent_bytes(c: OperationCost) -> float:
-  """Return the bytes that a chip sends in all runs, as sharding.collective.Collective counts."""
-  if c.collective is None:
-    return 0.0
-  kind, shards = c.collective.kind, c.collective.size
-  if kind == 'collective-permute':
-    return c.count * c.bytes
-  return c.count * c.bytes * ((shards - 1) / shards * (2 if kind == 'all-reduce' else 1))
+def sent_bytes(costs: Iterable[OperationCost]) -> float:
+  """Return the bytes that a chip sends in a compiled program.
+
+  They are counted as sharding.collective.Collective counts them.
+  """
+  total = 0.0
+  for c in costs:
+    if c.collective is not None and c.collective.kind == 'collective-permute':
+      total += c.count * c.bytes
+    elif c.collective is not None:
+      kind, shards = c.collective.kind, c.collective.size
+      total += c.count * c.bytes * ((shards - 1) / shards * (2 if kind == 'all-reduce' else 1))
+  return total
 
 
 def check_text(checked: Iterable[Checked]) -> str:

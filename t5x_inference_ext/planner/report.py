@@ -30,13 +30,16 @@ def _heading(plan: Plan) -> list[str]:
     'paper': f'{machine.chip.network_bandwidth / 1e9:.0f} GB/s for every collective, no hops',
   }[r.convention]
   empty = plan.rows - r.batch
+  padding = plan.prefill.case.padded - r.input_length if r.phase != 'decode' else 0
   texts = (
     f'model:   {r.config}',
     f'machine: {machine}, {machine.chips} chips; network: {r.convention} ({links}); '
     f'efficiency: matmul {e.matmul:g}, memory {e.memory:g}, network {e.network:g}',
     f'work:    {r.batch} rows'
     + (f' ({empty} more, empty, let the mesh split them)' if empty else '')
-    + f', {r.input_length} tokens in, {r.output_length} out; {r.weights} weights, {r.cache} cache'
+    + f', {r.input_length} tokens in'
+    + (f' ({padding} more, empty, likewise)' if padding else '')
+    + f', {r.output_length} out; {r.weights} weights, {r.cache} cache'
     + ('' if r.phase == 'both' else f'; {r.phase} alone, the other phase elsewhere'),
   )
   return [line for text in texts for line in wrap(text, ' ' * 9)]
