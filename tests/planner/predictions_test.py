@@ -60,7 +60,7 @@ def test_megatron_has_the_shape_that_nvidia_timed():
 
 @pytest.mark.parametrize('chips,column', [(16, 0), (32, 1)])
 def test_megatron_on_gpus_is_predicted(chips, column):
-  """The rows of 16 GPUs fix the launches of a layer; those of 32 are not in any fit."""
+  """The rows of 16 GPUs fix the launches of a layer; no number is fitted to those of 32."""
   ratios = []
   for (tokens, output), rows in planner_predictions.FASTER_TRANSFORMER.items():
     for batch, measured in rows.items():
