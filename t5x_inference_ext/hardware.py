@@ -41,7 +41,10 @@ class Chip:
     link_bandwidth: Bytes per second in one direction: over one torus link; for GPUs, over all
       NVLink links together.
     hop_latency: Seconds that a message takes from a chip to its neighbour. Measured on v4 as about
-      1 us; assumed for the other chips.
+      1 us; assumed for the other TPUs. For GPUs, a step over NVLink in NCCL's tuning table.
+    collective_latency: Seconds that a collective takes in addition to its bytes and hops. About 3
+      us on v4 and v5e (precompile/calibration.py); assumed for the other TPUs. For GPUs, the base
+      latency in NCCL's tuning table.
     clock_hz: Rate of the cycles in the compiler's estimates; None if no compiler estimates cycles.
     matrix_rows: Rows of the matrix unit. A matmul with fewer rows of activations takes as long as
       one with this many, because a systolic array takes one cycle per row to load a tile of
@@ -49,6 +52,9 @@ class Chip:
     node: Number of GPUs in a node, connected by NVLink; 0 for TPUs.
     node_bandwidth: Bytes per second in one direction, from each chip to chips of other nodes; 0 for
       TPUs.
+    node_latency: Seconds of a step between nodes, in NCCL's tuning table; 0 for TPUs.
+    layer_latency: Seconds per layer that the host takes to launch a layer's kernels; 0 for TPUs,
+      which run a whole program at once. See GPU_LAYER_LATENCY.
     source: Publication of the numbers.
   """
 
@@ -64,10 +70,13 @@ class Chip:
   links: int = 0
   link_bandwidth: float
   hop_latency: float = 1e-6
+  collective_latency: float = 3e-6
   clock_hz: float | None = None
   matrix_rows: int
   node: int = 0
   node_bandwidth: float = 0
+  node_latency: float = 0
+  layer_latency: float = 0
   source: str
 
   @property
@@ -82,6 +91,15 @@ class Chip:
 
 
 _GIB = 2**30
+
+# Seconds per layer of a GPU's program that neither bytes, FLOPs nor collectives explain: launches
+# of kernels. Fitted to FasterTransformer's times with tensor parallelism of 16
+# (benchmarks/planner_fit.py).
+GPU_LAYER_LATENCY = 148e-6
+# Latencies of NCCL's LL128 protocol over trees: of a collective, of a step over NVLink, of a step
+# between nodes. src/graph/tuning.cc has 4.4, 1.2 and 8.5 us in the version that was read; 14 us is
+# not from there, and GPU_LAYER_LATENCY is fitted beside it.
+_NCCL, _NVLINK_STEP, _NODE_STEP = 14e-6, 1.25e-6, 8.5e-6
 
 # Clocks: peak bf16 FLOP/s divided by the matrix units' FLOPs per cycle. The divisor is the next
 # power of two above the best rate that the compiler estimates for a bf16 product of [n, n] by [n,
@@ -174,6 +192,10 @@ _CHIPS = (
     matrix_rows=8,
     node=8,
     node_bandwidth=25e9,
+    layer_latency=GPU_LAYER_LATENCY,
+    collective_latency=_NCCL,
+    hop_latency=_NVLINK_STEP,
+    node_latency=_NODE_STEP,
     source=(
       'NVIDIA A100 and DGX A100 data sheets: 312 TFLOP/s, 80 GB at 2039 GB/s, NVLink 600 GB/s, '
       '8 cards of 200 Gb/s'
@@ -189,6 +211,10 @@ _CHIPS = (
     matrix_rows=8,
     node=8,
     node_bandwidth=50e9,
+    layer_latency=GPU_LAYER_LATENCY,
+    collective_latency=_NCCL,
+    hop_latency=_NVLINK_STEP,
+    node_latency=_NODE_STEP,
     source=(
       'NVIDIA H100 and DGX H100 data sheets: 990 TFLOP/s, 80 GB at 3350 GB/s, NVLink 900 GB/s, '
       '8 cards of 400 Gb/s'
@@ -204,6 +230,10 @@ _CHIPS = (
     matrix_rows=8,
     node=8,
     node_bandwidth=50e9,
+    layer_latency=GPU_LAYER_LATENCY,
+    collective_latency=_NCCL,
+    hop_latency=_NVLINK_STEP,
+    node_latency=_NODE_STEP,
     source=(
       'NVIDIA H200, DGX H200 data sheets: 990 TFLOP/s, 141 GB at 4800 GB/s, NVLink 900 GB/s, 8 '
       'cards of 400 Gb/s'

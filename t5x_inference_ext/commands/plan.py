@@ -108,9 +108,10 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
     'enum',
     'convention',
     'torus',
-    'Network model. torus: each collective uses the links of its own axes, and hops take time. '
-    'paper: every collective uses all links, and hops take no time.',
-    ('torus', 'paper'),
+    'Network model. torus: as in the program that was measured, each collective uses the links of '
+    "one axis after the other. compiled: as precompile estimates this package's program, at full "
+    'rate. paper: every collective uses all links, and hops take no time.',
+    ('torus', 'compiled', 'paper'),
   ),
   ('string', 'mesh', None, 'XxYxZ over the whole slice. Default: the best.'),
   (

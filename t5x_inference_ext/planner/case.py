@@ -58,6 +58,8 @@ class PassCase:
       the pass.
     weights: 'int8', 'int4' or 'bfloat16'.
     cache: 'int8' or 'bfloat16'. Dtype of keys and values.
+    least_padded: Positions of each row that the pass runs at least. Those beyond `length` are
+      empty, on the right, where no token attends to them; a few may let the mesh split the tokens.
 
   Raises:
     RequestError: A number or dtype is out of its range.
@@ -74,6 +76,7 @@ class PassCase:
   context: int
   weights: str = 'bfloat16'
   cache: str = 'bfloat16'
+  least_padded: int = 0
 
   def __post_init__(self) -> None:
     known = {'phase': (*PASSES, 'verify'), 'weights': WEIGHT_DTYPES, 'cache': CACHE_ELEMENT_BYTES}
@@ -122,7 +125,8 @@ class PassCase:
     """T after padding the positions so that the layout can split them evenly."""
     if self.phase == 'decode':
       return 1
-    return activations.padded_length(self.layout, axis_sizes(self.mesh), self.batch, self.length)
+    least = max(self.length, self.least_padded)
+    return activations.padded_length(self.layout, axis_sizes(self.mesh), self.batch, least)
 
   @property
   def seen(self) -> int:
@@ -151,7 +155,11 @@ class PassCase:
       traffic.layer_collectives(*arguments, ACTIVATION_BYTES, self.weight_bytes),
       traffic.embedding_collectives(*arguments, ACTIVATION_BYTES)
       + traffic.logits_collectives(
-        *arguments, self.layout, ACTIVATION_BYTES, last=self.phase != 'verify'
+        *arguments,
+        self.layout,
+        ACTIVATION_BYTES,
+        last=self.phase != 'verify',
+        greedy=self.phase == 'decode',
       ),
     )
 

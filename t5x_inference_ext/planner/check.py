@@ -13,7 +13,6 @@ import jax
 
 from t5x_inference_ext.errors import RequestError, UserError
 from t5x_inference_ext.planner.costs import PassCost, cost
-from t5x_inference_ext.planner.efficiency import IDEAL
 from t5x_inference_ext.planner.memory import PlannedMemory, memory
 from t5x_inference_ext.planner.request import Plan
 from t5x_inference_ext.planner.text import table, wrap
@@ -34,9 +33,9 @@ CALIBRATED_ROW = 'all, compiled one calibrated'
 # weights.
 GROUPS = {
   'products and weights': (('matmul',), ('matmuls', 'logits', 'weight load')),
-  'attention and cache': (('attention',), ('attention', 'cache load')),
+  'attention and cache': (('attention',), ('attention', 'softmax', 'cache load')),
   COLLECTIVES_ROW: (('collective',), ('activations moved', 'weights moved')),
-  'copies and others': (('copy', 'relayout', 'other'), ()),
+  'copies and others': (('copy', 'relayout', 'other'), ('elementwise', 'launches')),
 }
 
 
@@ -48,7 +47,8 @@ class CheckRow:
     name: A key of GROUPS, or the quantity that is compared.
     unit: 's' or 'bytes'.
     predicted: The planner's value, at the plan's efficiency.
-    at_full_rate: The planner's value at the chip's peak rates; equal to `predicted` for bytes.
+    at_full_rate: The planner's value in the convention 'compiled', at the chip's peak rates; equal
+      to `predicted` for bytes.
     compiled: The compiler's estimate, which is also at peak rates.
   """
 
@@ -140,7 +140,7 @@ def _checked(plan: Plan, planned: PassCost, say: Callable[[str], None]) -> Check
 
 
 def _time_rows(predicted: PassCost, compiled: Estimate) -> Iterator[CheckRow]:
-  ideal, by_kind = predicted.at(IDEAL), compiled.by_kind
+  ideal, by_kind = cost(predicted.case, 'compiled'), compiled.by_kind
   for name, (kinds, parts) in GROUPS.items():
     # Overlapped time is not in the predicted parts, but is in the compiler's serial estimate: add
     # it.
@@ -169,7 +169,7 @@ def _byte_rows(
   predicted: PassCost, estimate: Estimate, compiled: CompiledMemory, held: PlannedMemory
 ) -> Iterator[CheckRow]:
   moved = sum(c.count * c.collective.moved for c in predicted.collectives)
-  sent = sum(_sent_bytes(c) for c in estimate.costs)
+  sent = sent_bytes(estimate.costs)
   for name, planned_bytes, compiled_bytes in (
     ('sent by a chip', moved, sent),
     ('weights held', held.weights, compiled.weights),
@@ -179,14 +179,19 @@ def _byte_rows(
     yield CheckRow(name, 'bytes', planned_bytes, planned_bytes, compiled_bytes)
 
 
-def _sent_bytes(c: OperationCost) -> float:
-  """Return the bytes that a chip sends in all runs, as sharding.collective.Collective counts."""
-  if c.collective is None:
-    return 0.0
-  kind, shards = c.collective.kind, c.collective.size
-  if kind == 'collective-permute':
-    return c.count * c.bytes
-  return c.count * c.bytes * ((shards - 1) / shards * (2 if kind == 'all-reduce' else 1))
+def sent_bytes(costs: Iterable[OperationCost]) -> float:
+  """Return the bytes that a chip sends in a compiled program.
+
+  They are counted as sharding.collective.Collective counts them.
+  """
+  total = 0.0
+  for c in costs:
+    if c.collective is not None and c.collective.kind == 'collective-permute':
+      total += c.count * c.bytes
+    elif c.collective is not None:
+      kind, shards = c.collective.kind, c.collective.size
+      total += c.count * c.bytes * ((shards - 1) / shards * (2 if kind == 'all-reduce' else 1))
+  return total
 
 
 def check_text(checked: Iterable[Checked]) -> str:

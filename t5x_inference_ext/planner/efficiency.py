@@ -15,7 +15,8 @@ class Efficiency:
 
   Attributes:
     matmul: Share of the matrix units' FLOP/s that products reach.
-    memory: Share of the HBM bandwidth that reading of weights and cache reaches.
+    memory: Share of the HBM bandwidth that reading of weights and cache, and elementwise
+      operations, reach.
     network: Share of the links' speed that collectives reach, for bytes and hops.
 
   Raises:
@@ -35,8 +36,11 @@ class Efficiency:
 # The peak rates themselves: lower bounds of time, and the paper's formulas as printed.
 IDEAL = Efficiency()
 
-# Shares for each network convention: conventions give different times for equal bytes.
+# Shares for each network convention: conventions give different times for equal bytes. On the torus
+# two numbers are fitted, and links reach their full rate: bytes of collectives take 0.96 of their
+# estimated time in measured programs (precompile/calibration.py).
 FITTED = {
-  'torus': Efficiency(matmul=0.775, memory=0.67, network=0.823),
+  'torus': Efficiency(matmul=0.796, memory=0.903, network=1.0),
+  'compiled': IDEAL,
   'paper': Efficiency(matmul=0.776, memory=0.517, network=0.438),
 }

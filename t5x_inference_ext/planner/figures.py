@@ -20,7 +20,10 @@ from t5x_inference_ext.planner.sweep import Point
 from t5x_inference_ext.text_files import check_plots
 
 FIGURE_FORMATS = ('.svg', '.png')
-_COLOURS = ('#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#8c564b', '#7f7f7f')
+_COLOURS = (
+  '#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#8c564b', '#7f7f7f', '#17becf', '#bcbd22',
+  '#e377c2',
+)  # fmt: skip
 _MAX_TOKENS = 2**21
 _ADDED = 'parts of the time are added: only gathering of weights overlaps'
 

@@ -106,7 +106,7 @@ def phase_dict(plan: Plan, cost: PassCost) -> dict[str, Any]:
         'moved': c.collective.moved,
         'count': c.count,
         'seconds': c.seconds,
-        'of_weights': c.of_weights,
+        'of_weights': c.collective.of_weights,
       }
       for c in cost.collectives
     ],

@@ -25,17 +25,21 @@ def plan_text(choice: Choice, rows: int = ROWS) -> str:
 def _heading(plan: Plan) -> list[str]:
   r, e, machine = plan.request, plan.decode.efficiency, plan.machine
   links = {
-    'torus': 'links of its own axes for each collective, with hops',
+    'torus': 'links of its own axes for each collective, one axis after the other, with hops',
+    'compiled': 'links of all its axes for each collective, with hops, at full rate',
     'paper': f'{machine.chip.network_bandwidth / 1e9:.0f} GB/s for every collective, no hops',
   }[r.convention]
   empty = plan.rows - r.batch
+  padding = plan.prefill.case.padded - r.input_length if r.phase != 'decode' else 0
   texts = (
     f'model:   {r.config}',
     f'machine: {machine}, {machine.chips} chips; network: {r.convention} ({links}); '
     f'efficiency: matmul {e.matmul:g}, memory {e.memory:g}, network {e.network:g}',
     f'work:    {r.batch} rows'
     + (f' ({empty} more, empty, let the mesh split them)' if empty else '')
-    + f', {r.input_length} tokens in, {r.output_length} out; {r.weights} weights, {r.cache} cache'
+    + f', {r.input_length} tokens in'
+    + (f' ({padding} more, empty, likewise)' if padding else '')
+    + f', {r.output_length} out; {r.weights} weights, {r.cache} cache'
     + ('' if r.phase == 'both' else f'; {r.phase} alone, the other phase elsewhere'),
   )
   return [line for text in texts for line in wrap(text, ' ' * 9)]
@@ -112,10 +116,13 @@ _LESS = {
   'matmuls': 'computes less in matmuls',
   'logits': 'computes less in logits',
   'attention': 'computes less in attention',
+  'softmax': "moves fewer of attention's logits in memory",
+  'elementwise': 'has less elementwise work',
   'weight load': 'loads fewer weights',
   'cache load': 'loads less of the cache',
   'activations moved': 'moves fewer activations',
   'weights moved': 'waits less for gathered weights',
+  'launches': 'launches fewer kernels',
 }
 
 

@@ -1,6 +1,7 @@
 """All plans for a request on a machine, the best of them, and whether any plan fits."""
 
 from collections.abc import Iterable, Iterator
+import dataclasses
 import functools
 import itertools
 import math
@@ -162,9 +163,9 @@ def meshes(request: PlanRequest, machine: Machine) -> tuple[Mesh, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def row_choices(batch: int, mesh: Mesh) -> tuple[int, ...]:
-  """Return the numbers of rows to try: `batch` rounded up for each set of mesh axes.
+  """Return the numbers of rows, or of positions, to try: `batch` rounded up for each set of axes.
 
-  A few empty rows may save time, since a layout splits rows only if the chips divide them evenly.
+  A few empty ones may save time, since a layout splits rows only if the chips divide them evenly.
   One number is tried for each set of axes, so that a request for more rows never takes less time.
   """
   shares = sorted({math.prod(axes) for n in range(4) for axes in itertools.combinations(mesh, n)})
@@ -183,7 +184,10 @@ def phase_costs(
   by heads.
   """
   found = [
-    cost(case, request.convention, request.efficiency)
+    min(
+      (cost(c, request.convention, request.efficiency) for c in _with_padding(case)),
+      key=lambda c: c.seconds,
+    )
     for case in _cases(request, machine, mesh, phase, rows)
   ]
   by_heads = {
@@ -199,6 +203,23 @@ def phase_costs(
     )
 
   return sorted((c for c in found if not repeats_heads(c)), key=lambda c: c.seconds)
+
+
+def _with_padding(case: PassCase) -> Iterator[PassCase]:
+  """Yield a case, and if it is a prefill, also cases with a few empty positions that fit as well.
+
+  As with empty rows, one number is tried for each set of axes that it lets split the positions, so
+  that a request for longer prompts never takes less time.
+  """
+  yield case
+  if case.phase != 'prefill':
+    return
+  tried, fits = {case.padded}, memory(case, case.padded).fits
+  for length in row_choices(case.length, case.mesh):
+    padded = dataclasses.replace(case, least_padded=length)
+    if padded.padded not in tried and memory(padded, padded.padded).fits == fits:
+      tried.add(padded.padded)
+      yield padded
 
 
 def splits_rows(case: PassCase) -> bool:

@@ -7,6 +7,13 @@ from t5x_inference_ext.planner.case import CACHE_ELEMENT_BYTES, PassCase
 from t5x_inference_ext.quantization.formats import bits_of, stored_size
 from t5x_inference_ext.sharding.packing import PackedTensor, tensor_dtype
 
+# Bytes that move in HBM for each logit of attention, and for each element of a layer's columns and
+# residual stream, in programs compiled for v4. Softmax is four passes over float32 logits:
+# attention of one layer of PaLM 540B takes 74 us in a prefill of 2048 tokens, 49 us in a decode
+# step at 32,768 positions, where products and cache explain 16 and 28. Norm, SwiGLU and rotary
+# embeddings read and write each bfloat16 element once: 101 us a layer of that prefill.
+_PASSES_BYTES = 16
+_ELEMENT_BYTES = 4
 _SCALE_BYTES = 4  # an int8 cache has a float32 scale for each row, position and head
 
 
@@ -25,6 +32,8 @@ class PassWork:
     unpacking_bytes: Bytes whose reading takes as long as products by int4 weights take beyond
       reading these weights (hardware.Chip.int4_load_bytes).
     cache_bytes: Bytes of keys and values that attention reads.
+    softmax_bytes: Bytes of attention's logits that softmax reads and writes, as compiled.
+    elementwise_bytes: Bytes that other elementwise operations read and write, as compiled.
   """
 
   matmul_flops: float
@@ -35,6 +44,8 @@ class PassWork:
   weight_bytes: float
   unpacking_bytes: float
   cache_bytes: float
+  softmax_bytes: float
+  elementwise_bytes: float
 
 
 def work(case: PassCase) -> PassWork:
@@ -60,17 +71,30 @@ def work(case: PassCase) -> PassWork:
   positions = case.padded / case.size(p.attention_positions)
   unembedded = tokens if case.phase == 'verify' else case.batch  # else only last positions
   # Two products, 2 FLOPs each per element. Positions that the mask hides are computed, too.
-  attention = 4 * rows * positions * p.heads.heads * c.d_head * case.seen * c.num_layers
+  logits = rows * positions * p.heads.heads * case.seen * c.num_layers
   return PassWork(
     matmul_flops=2 * tokens * matrices * c.num_layers / chips,
     matmul_rows=tokens / gathered,
     logits_flops=2 * unembedded * table / chips,
     logits_rows=unembedded,
-    attention_flops=attention,
+    attention_flops=4 * logits * c.d_head,
     weight_bytes=read,
     unpacking_bytes=int4_bytes * (case.machine.chip.int4_load_bytes / 0.5 - 1),
     cache_bytes=cache_bytes(case, case.seen),
+    softmax_bytes=_PASSES_BYTES * logits,
+    elementwise_bytes=_ELEMENT_BYTES * c.num_layers * tokens / gathered * _elements(case),
   )
+
+
+def _elements(case: PassCase) -> float:
+  """Return the elements of a token on one chip, of columns and of the residual stream, in a layer.
+
+  Each norm and each residual sum goes over the stream.
+  """
+  c, layout = case.config, case.layout
+  columns = c.d_ff * len(c.mlp_inputs) + c.num_heads * c.d_head
+  stream = 2 * len(c.block_parts) * c.d_model
+  return columns / case.size(layout.hidden_axes) + stream / case.size(layout.embed_axes)
 
 
 def stored_bytes(case: PassCase, tensor: PackedTensor) -> int:

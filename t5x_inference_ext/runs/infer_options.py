@@ -131,8 +131,7 @@ class InferOptions(Conventions):
   )
   attention: str = option(
     'xla',
-    help='How attention reads the KV cache. kernel: a Pallas kernel for TPUs that reads filled '
-    'positions only, which pays for long contexts; for models with one key head.',
+    help='How attention reads the KV cache. kernel: a Pallas kernel for TPUs and long contexts.',
     group=_SHARDING,
     choices=ATTENTION_KINDS,
   )
@@ -213,11 +212,8 @@ class InferOptions(Conventions):
     if self.executable is not None and self.mode == 'score':
       raise RequestError(f"the executable {self.executable} can't run mode=score: it generates")
     # An empty prompt needs max_new_tokens positions: one for BOS, none for the last new token.
-    if (
-      self.mode != 'score'
-      and self.cache_length is not None
-      and self.cache_length < self.max_new_tokens
-    ):
+    room = self.cache_length
+    if self.mode != 'score' and room is not None and room < self.max_new_tokens:
       raise RequestError(
         f'cache_length={self.cache_length} has no room for max_new_tokens={self.max_new_tokens}: '
         'raise cache_length or lower max_new_tokens'

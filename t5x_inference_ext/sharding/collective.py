@@ -39,6 +39,11 @@ class Collective:
   directions: int = 0
 
   @property
+  def of_weights(self) -> bool:
+    """Whether weights or their scales are gathered, which does not depend on activations."""
+    return self.name.startswith(('weights: ', 'scales: '))
+
+  @property
   def moved(self) -> float:
     """Bytes that a device sends: bytes * (K-1)/K, or twice that in an all-reduce.
 

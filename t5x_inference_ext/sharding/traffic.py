@@ -143,6 +143,7 @@ def logits_collectives(
   sampling: Layout,
   activation_bytes: int = 2,
   last: bool = True,
+  greedy: bool = False,
 ) -> list[Collective]:
   """Return the collectives of the final norm and the logits, which run once per pass.
 
@@ -157,6 +158,7 @@ def logits_collectives(
     activation_bytes: Bytes of an activation element: 4 or 2.
     last: True for logits of each row's last position only, as in prefill and decode; False for
       logits of all positions.
+    greedy: Whether only the most likely tokens move, as in Model.decode_greedily.
   """
   layout, e = sharding.layout, config.d_model
   p = Pass(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
@@ -187,6 +189,12 @@ def logits_collectives(
   tokens //= p.size(scattered)
   reduced = tuple(a for a in layout.stored_embed if a not in split)
   collectives += p.collective('logits', 'all_reduce', reduced, tokens * vocabulary, FLOAT32)
+  if greedy:  # three numbers of each row from each shard (model/best_tokens.py)
+    best = 3 * p.size(layout.stored_hidden) * tokens
+    collectives += p.collective('best', 'all_gather', layout.stored_hidden, best, FLOAT32)
+    return collectives + p.collective(
+      'best', 'all_gather', scattered, best * p.size(scattered), FLOAT32
+    )
   rows = tuple(a for a in layout.stored_hidden if a in split)
   collectives += p.collective('logits', 'all_to_all', rows, tokens * vocabulary, FLOAT32)
   rest = tuple(a for a in layout.stored_hidden if a not in split)

@@ -11,6 +11,7 @@ from t5x_inference_ext.planner import figure_data, search
 from t5x_inference_ext.planner.costs import cost, mfu
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.request import PlanRequest
+from t5x_inference_ext.sharding.layout import Layout
 
 V4_64 = Machine.parse('v4:4x4x4')
 PALM = config.preset('palm_540b')
@@ -92,21 +93,15 @@ def test_in_the_papers_convention_its_layouts_are_the_best(column):
   assert best.case.mesh == (4, 4, 4) or column.layout == 'wg_xyz/batch'
 
 
-@pytest.mark.parametrize(
-  'column,best',
-  list(zip(TABLE_2, ('ws_1d/heads', 'ws_1d/batch', 'wg_xyz/batch', 'ws_1d/batch'))),
-  ids=lambda x: getattr(x, 'name', x),
-)
-def test_on_the_torus_one_dimension_is_ahead_by_little(column, best):
-  """From 16 chips on ws_2d moves fewer bytes, but some over x alone, on a third of the links.
-
-  So it is faster from 81 chips on.
-  """
-  found = {str(c.case.layout): c for c in _costs(column, (4, 4, 4), 'torus')}
-  assert min(found, key=lambda name: found[name].seconds) == best
-  theirs, ours = found[column.layout], found[best]
-  assert theirs.seconds <= 1.1 * ours.seconds
-  assert theirs.parts['activations moved'] >= ours.parts['activations moved']
+@pytest.mark.parametrize('column', TABLE_2, ids=lambda c: c.name)
+def test_on_the_torus_its_layouts_are_the_best(column):
+  """Attention aside: whether it splits heads or batch is within 2% in the prefill of one row."""
+  request = PlanRequest(PALM, column.batch)
+  found = [c for mesh in search.meshes(request, V4_64) for c in _costs(column, mesh, 'torus')]
+  best = min(found, key=lambda c: c.seconds)
+  assert best.case.layout.feedforward == Layout.parse(column.layout).feedforward
+  same = [c for c in _costs(column, (4, 4, 4), 'torus') if str(c.case.layout) == column.layout]
+  assert len(same) == 1 and same[0].seconds <= 1.02 * best.seconds
 
 
 def test_two_dimensions_win_on_both_networks_with_more_chips():

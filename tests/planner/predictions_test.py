@@ -8,15 +8,28 @@ from benchmarks import planner_predictions
 from benchmarks.planner_table_2 import TABLE_2
 from t5x_inference_ext import config
 from t5x_inference_ext.planner.costs import cost
-from t5x_inference_ext.planner.machine import Machine
-from t5x_inference_ext.planner.request import PlanRequest
 
 
-@pytest.mark.parametrize('convention', ['torus', 'paper'])
-def test_the_papers_other_points_are_predicted(convention):
+@pytest.mark.parametrize('convention,most', [('torus', 0.08), ('paper', 0.15)])
+def test_the_papers_other_points_are_predicted(convention, most):
   ratios = [cost(p.case, convention).seconds / p.latency for p in planner_predictions.PAPER]
-  assert statistics.median(abs(r - 1) for r in ratios) < 0.15
+  assert statistics.median(abs(r - 1) for r in ratios) < most
   assert all(0.5 < r < 2 for r in ratios)
+
+
+def test_gathering_weights_loses_where_the_paper_measured_it_slower():
+  """540B in bfloat16, prefill of 64 rows of 2048 on 64 chips: 20.0 s in 2D, 28.3 s gathered."""
+  stationary, gathered = (
+    cost(
+      planner_predictions.Measured(
+        '', 'palm_540b', 'v4:4x4x4', '4x4x4', 'prefill', 64, layout, 'bfloat16', latency
+      ).case
+    ).seconds
+    / latency
+    for layout, latency in (('ws_2d/batch', 20.0), ('wg_xyz/batch', 28.3))
+  )
+  assert stationary * 20.0 < gathered * 28.3
+  assert abs(stationary - 1) < 0.15 and abs(gathered - 1) < 0.15
 
 
 def test_each_latency_is_that_of_its_mfu_and_none_is_of_the_fit():
@@ -46,16 +59,13 @@ def test_megatron_has_the_shape_that_nvidia_timed():
 
 
 @pytest.mark.parametrize('chips,column', [(16, 0), (32, 1)])
-def test_megatron_on_gpus_is_within_twice(chips, column):
+def test_megatron_on_gpus_is_predicted(chips, column):
+  """The rows of 16 GPUs fix the launches of a layer; no number is fitted to those of 32."""
   ratios = []
   for (tokens, output), rows in planner_predictions.FASTER_TRANSFORMER.items():
     for batch, measured in rows.items():
-      request = PlanRequest(
-        config.preset('megatron_530b'), batch, tokens, output, weights='bfloat16'
-      )
-      found = planner_predictions.tensor_parallel(request, Machine.parse(f'A100:{chips}'))
+      found = planner_predictions.megatron_plan(batch, tokens, output, chips)
       assert (found.prefill.case.length, found.request.output_length) == (tokens, output)
       ratios.append(found.seconds * 1e3 / measured[column])
-  assert all(0.5 < r < 2 for r in ratios)
-  # On four nodes hops through network cards are slower than is assumed (docs/planner.md).
-  assert statistics.median(abs(r - 1) for r in ratios) < (0.15 if chips == 16 else 0.36)
+  assert all(abs(r - 1) < 0.15 for r in ratios) and len(ratios) == 14
+  assert statistics.median(abs(r - 1) for r in ratios) < 0.08

@@ -110,11 +110,7 @@ def test_no_other_layout_beats_the_choice(machine, batch, tokens, output, kv_hea
 def test_a_request_for_more_never_takes_less(
   machine, batch, tokens, output, what, by, convention, kv_heads
 ):
-  """Whatever divides: the planner may add empty rows.
-
-  A few more tokens that divide over the chips, or that are too many to keep the residual stream
-  whole, save collectives: up to a quarter of the time of these two layers.
-  """
+  """Whatever divides: the planner may add empty rows and positions."""
   request = PlanRequest(
     dataclasses.replace(SMALL, num_kv_heads=kv_heads), batch, tokens, output, convention=convention
   )
@@ -124,7 +120,7 @@ def test_a_request_for_more_never_takes_less(
   if convention == 'paper' and what == 'batch':
     return
   before, after = (search.plans(r, machine)[0].seconds for r in (request, more))
-  assert after >= before * (1 - (1e-12 if what == 'output_length' else 0.25))
+  assert after >= before * (1 - 1e-12)
 
 
 @settings(max_examples=5, deadline=None, derandomize=True, phases=NO_SHRINKING)
@@ -159,7 +155,9 @@ def test_the_total_is_the_prefill_and_all_steps():
   plan = choose(PlanRequest(PALM, 64), [Machine.parse('v4:4x4x4')]).plan
   assert plan.seconds == plan.prefill.seconds + 64 * plan.decode.seconds
   assert plan.prefill.case.length == 1920 and plan.decode.case.context == 1952
-  assert plan.memories['prefill'].cache == plan.memories['decode'].cache
+  pinned = PlanRequest(PALM, 64, layouts=tuple(map(Layout.parse, ('wg_xyz/batch', 'ws_2d/batch'))))
+  memories = choose(pinned, [Machine.parse('v4:4x4x4')]).plan.memories
+  assert memories['prefill'].cache == memories['decode'].cache
   assert plan.request.context == 1984
   assert plan.chip_seconds_per_token == pytest.approx(64 * plan.seconds / 64**2)
 
@@ -251,6 +249,12 @@ def test_what_does_not_fit_says_how_far_off_and_what_would():
     assert choose(PlanRequest(PALM, 64, **{'weights': 'bfloat16', **change}), [machine]).plan.fits
 
 
+def _unpadded(plan: Plan) -> Plan:
+  """Return a plan without the empty positions that save time and take a little memory."""
+  case = dataclasses.replace(plan.prefill.case, least_padded=0)
+  return dataclasses.replace(plan, prefill=dataclasses.replace(plan.prefill, case=case))
+
+
 @settings(max_examples=40, deadline=None, derandomize=True, phases=NO_SHRINKING)
 @given(
   st.sampled_from(['v4:1x1x1', 'v4:2x2x1', 'v4:2x2x4', 'v5e:2x4', 'A100:8']),
@@ -267,7 +271,7 @@ def test_whether_a_plan_fits_is_known_without_prices(name, batch, tokens, phase,
   found = search.plans(request, machine)
   assert search.fits(request, machine) == any(plan.fits for plan in found)
   needed, prefill, decode = search.least_memory(request, machine)
-  assert needed == min(plan.memory.needed for plan in found)
+  assert needed == min(_unpadded(plan).memory.needed for plan in found)
   memories = pair_memories(request, prefill, decode)
   assert needed == memories[tightest_phase(request, memories)].needed
 
@@ -330,7 +334,7 @@ def test_a_model_that_no_machine_divides_is_refused():
     (dict(input_length=0), 'input_length must be'),
     (dict(weights='int2'), 'weights must'),
     (dict(output_length=-1), 'output_length must be'),
-    (dict(convention='wires'), 'convention must be one of torus, paper'),
+    (dict(convention='wires'), 'convention must be one of torus, compiled, paper'),
   ],
 )
 def test_a_request_that_makes_no_sense_is_refused(fields, words):

@@ -57,7 +57,7 @@ class TestPlannedPrices:
   def test_an_insertion_reads_and_writes_keys_and_values(self):
     per_position = 2 * PALM.num_layers * PALM.num_kv_heads * PALM.d_head * 2  # of bfloat16
     found = self.prices().seconds('insert', positions=1000)
-    assert found == pytest.approx(2 * 1000 * per_position / (0.67 * 1.2e12))
+    assert found == pytest.approx(2 * 1000 * per_position / (0.903 * 1.2e12))
     assert self.prices().seconds('start_prefill', blocks=2) == pytest.approx(found * 64 / 1000)
 
   def test_the_host_takes_what_was_given(self):

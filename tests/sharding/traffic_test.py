@@ -431,6 +431,9 @@ PASSES = [
   ('decode', 'learned', 'ws_2d/batch', 'ws_2d/batch', '2x2x2', 4, 1),
   ('logits', 'learned', 'wg_xy/heads', 'ws_2d/heads', '2x2x2', 2, 8),
   ('decode', 'rules', 'ws_2d/heads', 'ws_2d/heads', '2x2x2', 1, 1),
+  ('greedy', 'multiquery', 'ws_2d/batch', 'ws_2d/batch', '2x2x2', 8, 1),
+  ('greedy', 'multihead', 'wg_xy/heads', 'ws_2d/heads', '2x2x2', 2, 1),
+  ('greedy', 'multiquery', 'ws_1d/batch', 'ws_1d/batch', '1x4x2', 8, 1),
   ('prefill', 'rules', 'ws_2d/batch', 'ws_2d/batch', '2x2x2', 8, 8),
 ]
 
@@ -442,7 +445,9 @@ def test_a_pass_moves_its_layers_its_lookup_and_its_logits(
   config, devices = dataclasses.replace(MODELS[name], num_layers=3), make_mesh(parse_mesh(mesh))
   program = Model(config, devices, Layout.parse(prefill), Layout.parse(decode), 'float32')
   placed = (
-    program.decode_sharding(batch) if phase == 'decode' else program.prefill_sharding(batch, length)
+    program.decode_sharding(batch)
+    if phase in ('decode', 'greedy')
+    else program.prefill_sharding(batch, length)
   )
   weights = _stacked_weights(config, placed.layout, devices)
 
@@ -450,9 +455,10 @@ def test_a_pass_moves_its_layers_its_lookup_and_its_logits(
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
   rows = P(placed.rows)
-  if phase == 'decode':
+  if phase in ('decode', 'greedy'):
     kv = _cached(config, placed, devices, config.num_layers, batch)
-    function, arguments = program.decode_step, (weights, KVCache(kv, kv, ints(batch)), ints(batch))
+    function = program.decode_step if phase == 'decode' else program.decode_greedily
+    arguments = weights, KVCache(kv, kv, ints(batch)), ints(batch)
     specs = (program.weight_specs(weights), program.cache_spec(placed, weights), P())
   elif phase == 'prefill':
     function, arguments = (
@@ -470,7 +476,9 @@ def test_a_pass_moves_its_layers_its_lookup_and_its_logits(
   moves = [
     *traffic.embedding_collectives(*of_pass, 4),
     *config.num_layers * traffic.layer_collectives(*of_pass, 4, 4),
-    *traffic.logits_collectives(*of_pass, program.prefill_layout, 4, last=phase != 'logits'),
+    *traffic.logits_collectives(
+      *of_pass, program.prefill_layout, 4, last=phase != 'logits', greedy=phase == 'greedy'
+    ),
   ]
   # Logits of all positions also gather a flag of each row and shard: whether it is broken.
   rel = 1e-4 if phase == 'logits' else 1e-9
