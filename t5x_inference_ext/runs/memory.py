@@ -7,6 +7,7 @@ import jax
 
 from t5x_inference_ext.checkpoints import Checkpoint
 from t5x_inference_ext.errors import RequestError, printable
+from t5x_inference_ext.quantization.formats import stored_size, weight_format
 from t5x_inference_ext.runs.infer_options import InferOptions
 from t5x_inference_ext.runs.loading import OpenModel
 from t5x_inference_ext.text_format import decimal_bytes
@@ -39,8 +40,9 @@ def held_memory(
   else:
     head_bytes = config.d_head * _FLOAT_BYTES[cache]
   heads = 2 * config.num_layers * config.num_kv_heads
-  weight_bytes = 1 if checkpoint.weights == 'int8' else _FLOAT_BYTES[options.dtype]
-  return HeldMemory(config.num_params * weight_bytes, heads * head_bytes * rows * positions)
+  form = weight_format(checkpoint.weights)
+  weights = stored_size(config.num_params, form.dtype() if form.quantized else options.dtype)
+  return HeldMemory(weights, heads * head_bytes * rows * positions)
 
 
 def check_fits(options: InferOptions, model: OpenModel, rows: int, positions: int) -> None:

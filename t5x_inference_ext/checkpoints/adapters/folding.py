@@ -10,6 +10,7 @@ from t5x_inference_ext.checkpoints.arrays import whole_array
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
 from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.quantization.formats import weight_format
 
 FOLDED_NOTE = 'adapter folded in: '
 
@@ -61,17 +62,17 @@ def fold_adapter(source: Checkpoint, adapter: Adapter) -> Checkpoint:
     adapter: An adapter that was read for it.
 
   Raises:
-    CheckpointError: The adapter has a soft prompt, or the weights are int8.
+    CheckpointError: The adapter has a soft prompt, or the weights are quantized.
   """
   if adapter.prompt is not None:
     raise CheckpointError(
       f'{adapter.path} is a soft prompt, which is no part of the weights: load it beside the '
       'model, with --adapters=NAME=PATH'
     )
-  if source.weights == 'int8':
+  if weight_format(source.weights).quantized:
     raise CheckpointError(
-      f"{adapter.path} can't be folded into the int8 weights of {source.path}: convert the float "
-      'model that they were made from'
+      f"{adapter.path} can't be folded into the {source.weights} weights of {source.path}: convert "
+      'the float model that they were made from'
     )
   tensors = dict(source.tensors)
   for name, low_rank in adapter.low_rank.items():
