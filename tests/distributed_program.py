@@ -23,6 +23,7 @@ from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.rendezvous import ProcessOptions
+from t5x_inference_ext.speculation import Speculation
 from t5x_inference_ext.text.grammar import Grammar
 from tests import processes
 
@@ -48,6 +49,8 @@ PLAIN_FLAGS = (
 )
 
 
+# They repeat themselves, so that rows have drafts.
+CORE_PROMPTS = [[70 + i, 71, 70 + i, 71, 70 + i] for i in range(4)]
 GRAMMAR = Grammar('regex', '[0-9]{3}-[a-f]+')
 
 
@@ -73,17 +76,21 @@ def complaint(function) -> str:
   return ''
 
 
-def core_rows(process: str) -> dict[str, list]:
-  """Rows of one scheduler in all processes: process 0 alone submits, late ones too, and cancels."""
+def core_rows(process: str) -> tuple[dict[str, list], int]:
+  """Rows of one scheduler in all processes, and the number of draft tokens that it checked.
+
+  Process 0 alone submits, late ones too, and cancels.
+  """
   engine = Engine.load(CHECKPOINT, mesh='2x2x2', dtype='float32')
-  config = SchedulerConfig(8, 64, page_size=32, end_ids=(), prefix_bytes=2**16)
+  drafts = Speculation('ngram', 3)
+  config = SchedulerConfig(8, 64, page_size=32, end_ids=(), prefix_bytes=2**16, speculate=drafts)
   inbox = SharedInbox()
   core = Scheduler(
     engine.model, engine.weights, config, vocabulary=engine.checkpoint.vocabulary, inbox=inbox
   )
   late = [
-    Request((0, 70 + i, 71), (i,), 12, SamplingParams(0.7), grammar=GRAMMAR if i == 3 else None)
-    for i in range(4)
+    Request((0, *prompt), (i,), 12, SamplingParams(0.7), grammar=GRAMMAR if i == 3 else None)
+    for i, prompt in enumerate(CORE_PROMPTS)
   ]
   rows: dict[str, list] = {}
   steps = 0
@@ -100,7 +107,8 @@ def core_rows(process: str) -> dict[str, list]:
     for event in core.step():
       rows.setdefault(str(event.request), []).extend([*event.tokens, event.finish])
     steps += 1
-  return {name: [x for x in row if x is not None] for name, row in rows.items()}
+  found = {name: [x for x in row if x is not None] for name, row in rows.items()}
+  return found, core.stats.drafts.drafted
 
 
 def main(port: str, process: str, directory: str) -> None:
@@ -147,7 +155,7 @@ def main(port: str, process: str, directory: str) -> None:
     distributed.exchange(lambda: int(process) + 1),
     distributed.from_main(lambda: f'of {process}'),
   ]
-  seen['core'] = core_rows(process)
+  seen['core'], seen['drafted'] = core_rows(process)
   seen['unequal'] = complaint(
     lambda: list(distributed.lockstep('ab' if process == '0' else 'a', key=str))
   )

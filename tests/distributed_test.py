@@ -170,14 +170,15 @@ def test_each_process_reads_its_half(seen, palm_tiny, root, tmp_path, monkeypatc
 
 
 def test_one_core_in_all_processes(seen, palm_tiny):
-  """Late requests, one of which has a grammar, and one that is cancelled: both processes see the
-  rows of one process.
+  """Late requests, one of which has a grammar, and one that is cancelled, with drafts: both
+  processes see the rows of one process without drafts.
   """
   rows = seen[0]['core']
   assert rows == seen[1]['core'] and sorted(rows) == ['0', '1', '2', '3']
+  assert seen[0]['drafted'] == seen[1]['drafted'] > 0
   engine = Engine.load(palm_tiny, mesh='1x1x1', dtype='float32')
   found = engine.generate(
-    [[70 + i, 71] for i in range(4)],
+    distributed_program.CORE_PROMPTS,
     max_new_tokens=12,
     sampling=SamplingParams(0.7),
     seeds=range(4),
@@ -188,7 +189,7 @@ def test_one_core_in_all_processes(seen, palm_tiny):
   for i in (1, 2):
     assert rows[str(i)] == [*found[i].tokens, 'length']
   ((sample,),) = engine.complete(
-    [[73, 71]],
+    distributed_program.CORE_PROMPTS[3:],
     max_new_tokens=12,
     sampling=SamplingParams(0.7),
     seeds=[3],
