@@ -9,6 +9,7 @@ import io
 import json
 import pathlib
 import sys
+from unittest import mock
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.engine.speculative_steps import verify_widths
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.rendezvous import ProcessOptions
 from t5x_inference_ext.speculation import Speculation
@@ -51,6 +53,8 @@ PLAIN_FLAGS = (
 
 # They repeat themselves, so that rows have drafts.
 CORE_PROMPTS = [[70 + i, 71, 70 + i, 71, 70 + i] for i in range(4)]
+# Nothing is drafted beside the row with a grammar; the one before it goes on alone.
+CORE_LIMITS = [12, 12, 40, 12]
 GRAMMAR = Grammar('regex', '[0-9]{3}-[a-f]+')
 
 
@@ -88,9 +92,12 @@ def core_rows(process: str) -> tuple[dict[str, list], int]:
   core = Scheduler(
     engine.model, engine.weights, config, vocabulary=engine.checkpoint.vocabulary, inbox=inbox
   )
+  # Prices at which drafts always pay, whatever this machine's are.
+  free = np.ones(1 + len(verify_widths(drafts.most)), np.float32)
+  core._decoder._prices = mock.Mock(next=lambda: free)
   late = [
-    Request((0, *prompt), (i,), 12, SamplingParams(0.7), grammar=GRAMMAR if i == 3 else None)
-    for i, prompt in enumerate(CORE_PROMPTS)
+    Request((0, *prompt), (i,), limit, SamplingParams(0.7), grammar=GRAMMAR if i == 3 else None)
+    for i, (prompt, limit) in enumerate(zip(CORE_PROMPTS, CORE_LIMITS))
   ]
   rows: dict[str, list] = {}
   steps = 0

@@ -179,7 +179,7 @@ def test_one_core_in_all_processes(seen, palm_tiny):
   engine = Engine.load(palm_tiny, mesh='1x1x1', dtype='float32')
   found = engine.generate(
     distributed_program.CORE_PROMPTS,
-    max_new_tokens=12,
+    max_new_tokens=distributed_program.CORE_LIMITS,
     sampling=SamplingParams(0.7),
     seeds=range(4),
     eos_id=-1,
