@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+from unittest import mock
 
 # Before the first import of jax or TensorFlow: both read their environment once.
 _DEVICES = '--xla_force_host_platform_device_count'
@@ -65,6 +66,21 @@ def no_compiled_programs_left():
   """
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope='module')
+def quick_programs():
+  """Compile a module's engine programs without optimizations: for tests of results alone."""
+  from t5x_inference_ext.engine import programs
+  from tests import memory
+
+  compiled = [p for p in vars(programs).values() if isinstance(p, programs.Program)]
+  with mock.patch.object(programs, 'compiler_options', lambda _: memory.QUICK_OPTIONS):
+    for program in compiled:
+      program.jitted.clear()
+    yield
+  for program in compiled:
+    program.jitted.clear()
 
 
 @pytest.fixture(scope='session')

@@ -19,6 +19,7 @@ from t5x_inference_ext.errors import CheckpointError, RequestError
 from t5x_inference_ext.speculation import parse_speculation
 from tests import memory, reference
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
 CONFIG = memory.ODD
 TENSORS = reference.random_tensors(CONFIG, seed=1)
 BLOCK = 32 * CONFIG.num_layers * 2 * CONFIG.d_head * 4 + 1  # bytes of a block in float32

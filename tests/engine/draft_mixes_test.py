@@ -23,8 +23,9 @@ from tests import memory, reference
 from tests.engine import identity_test
 from tests.engine.identity_test import CONFIG, EOS, LENGTH, SAMPLINGS, TENSORS
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
 MOST = 4
-MIXES = int(os.environ.get('DRAFT_MIXES', 12))
+MIXES = int(os.environ.get('DRAFT_MIXES', 8))
 SIZES = dict(slots=5, prefill_rows=2, prefill_chunk=16, pages=8, page_size=32, page_reads=1)
 # Prices of steps that check none, two tokens and all four: the cheap ones run.
 PRICES = ((1.0, 1.05, 1.1), (100.0, 1.0, 100.0), (100.0, 100.0, 1.0))

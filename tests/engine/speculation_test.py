@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_inference_ext.engine import drafting, open_drafter, programs
+from t5x_inference_ext.engine import drafting, open_drafter
 from t5x_inference_ext.engine.draft_model import CATCH_UP_TOKENS, DraftModel, load_draft_model
 from t5x_inference_ext.engine.drafting import Outlook
 from t5x_inference_ext.engine.engine import Engine
@@ -29,6 +29,7 @@ from tests import memory, reference
 from tests.engine.scheduler_test import sizes_of_programs
 from tests.text.vocabularies import Characters
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
 CONFIG = memory.ODD
 TENSORS = reference.random_tensors(CONFIG, seed=1)
 MOST = 4
@@ -46,18 +47,6 @@ SAMPLINGS = (
   ),
   SamplingParams(1.0, logit_bias={**FEW, 1: 28.0}, presence_penalty=0.3, stop=((9, 77), (5, 5, 5))),
 )
-
-
-@pytest.fixture(autouse=True, scope='module')
-def quick_programs():
-  """Compile the engine's programs without optimizations: these tests look at results alone."""
-  compiled = [p for p in vars(programs).values() if isinstance(p, programs.Program)]
-  with mock.patch.object(programs, 'compiler_options', lambda _: memory.QUICK_OPTIONS):
-    for program in compiled:
-      program.jitted.clear()
-    yield
-  for program in compiled:
-    program.jitted.clear()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Attention by the kernel, in JAX's interpreter, beside plain JAX: layers, passes and tokens."""
 
 import dataclasses
-from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +24,7 @@ from t5x_inference_ext.sharding.mesh import make_mesh
 from tests import memory, reference
 from tests.model import pages_test
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
 KERNEL = AttentionKernel(interpret=True)
 verify = memory.quick_jit(Model.verify, static_argnames='self')
 # Cases of pages_test with one key head: rows split over all shards or some, whole or by heads.
@@ -123,10 +123,7 @@ def test_rows_of_the_scheduler_have_the_tokens_of_plain_jax():
       found[event.request] += event.tokens
     return found
 
-  with mock.patch.object(programs, 'compiler_options', lambda _: memory.QUICK_OPTIONS):
-    assert rows('kernel') == rows('xla')
-  for program in (p for p in vars(programs).values() if isinstance(p, programs.Program)):
-    program.jitted.clear()
+  assert rows('kernel') == rows('xla')
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from t5x import utils
 
 from t5x_inference_ext import Engine, config
-from t5x_inference_ext.checkpoints import convert
+from t5x_inference_ext.checkpoints.convert import convert
 from t5x_inference_ext.errors import CheckpointError, MeshError
 from t5x_inference_ext.t5x.checkpoints import (
   InferenceCheckpointer,
@@ -104,7 +104,7 @@ def test_int4(palm_tiny, tmp_path):
   engine = Engine.load(tmp_path / 'int4', mesh='1x1x1', dtype='float32')
   targets = np.roll(tokens, -1, 1)
   own = np.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
-  np.testing.assert_allclose(own[:, :-1], engine.score(tokens, targets)[:, :-1], atol=1e-4)
+  np.testing.assert_allclose(own[:, :-1], engine.log_probs(tokens, targets)[:, :-1], atol=1e-4)
   with pytest.raises(CheckpointError, match='holds int4.*, but the model was built for float'):
     _restore(tmp_path / 'int4', running.adapter_model(palm_tiny, MESH))
 

@@ -62,7 +62,7 @@ def _params(model):
   checkpoint = reference.MemoryCheckpoint.of(GROUPED, reference.random_tensors(GROUPED))
   params = {
     path: load_tensor(checkpoint, model.model, d.tensor, d.layers)
-    for path, d in declarations(model.model, False, model.module.scan_layers).items()
+    for path, d in declarations(model.model, 'float32', model.module.scan_layers).items()
   }
   return traverse_util.unflatten_dict(params)
 
