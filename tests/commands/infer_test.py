@@ -561,13 +561,14 @@ def test_help_shows_examples_and_flags(command):
     'Written for each token:',
     'Sharding, memory and compilation:',
     'Batching:',
+    'Adapters:',
     'What the weights of a T5X checkpoint do not show:',
     'Several processes:',
     'Gin:',
   ]
   flags = re.findall(r'^  --(\w+)', out.partition('\nRequired:')[2], re.MULTILINE)
   wanted = ['checkpoint', 'prompts', 'output', 'replay', 'max_new_tokens']
-  assert flags[:5] == wanted and len(flags) == 52
+  assert flags[:5] == wanted and len(flags) == 54
   assert max(map(len, out.splitlines())) <= 100
 
 
