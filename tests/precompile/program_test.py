@@ -120,7 +120,7 @@ def test_a_mesh_of_another_size_than_the_slice_is_refused(shape, positions):
   'fields,words',
   [
     (dict(phase='train'), 'phase must be one of decode, prefill'),
-    (dict(weights='int4'), 'weights must be one of'),
+    (dict(weights='int2'), 'weights must be one of'),
     (dict(batch=0), 'batch must be a whole number, 1 or more, got 0'),
     (dict(batch=10**20), 'batch must be a whole number, 1 to 2147483647, got 1000'),
     (dict(context=2.5), 'context must be'),
