@@ -96,11 +96,12 @@ class Layer:
     if self.cache is not None and cached is not None and self.read != 0:
       context = self.cache.context(cached, self.read)
     for part in self.config.block_parts:
-      project = projections(sharding, part, overlaps=self.parts.count > 1)
       w = keep_slices_apart(weights[part.name], part, sharding, self.config)
       summed = sharding.reduce_scatter_dim(part) is not None
       adapters = self._adapters(part)
-      columns = [self._columns(each, project, w, part, own) for each, own in zip(x, adapters)]
+      overlaps = self.parts.count > 1
+      projects = [projections(sharding, part, overlaps, each) for each in adapters]
+      columns = [self._columns(each, project, w, part) for each, project in zip(x, projects)]
       outputs: list[list[jax.Array]] = [[] for _ in x]
       if part.attention:
         reshard = AttentionColumns(sharding, self.config, summed)
@@ -128,8 +129,8 @@ class Layer:
         for out, inputs_of_mlp, own in zip(outputs, columns, adapters):
           out.insert(0, mlp(inputs_of_mlp, w.vectors, self.config, sharding, summed, factors, own))
       x = tuple(
-        each + self._finished(project.outputs(out, w, own), w)
-        for each, out, own in zip(x, outputs, adapters)
+        each + self._finished(project.outputs(out, w), w)
+        for each, out, project in zip(x, outputs, projects)
       )
     assert kv is not None, 'a layer has one block part with attention'
     return x, kv
@@ -155,16 +156,15 @@ class Layer:
     project: WeightStationary | WeightGathered,
     w: BlockPartWeights,
     part: BlockPart,
-    adapters: RowAdapters | None,
   ) -> Columns:
     """Normalize x, and return the columns of its product with a block part's input weights."""
     config, features = self.config, self.sharding.residual[2]
     widths = column_widths(config, part, self.sharding.heads.stored.shards)
     if config.has_two_norms(part):
       y = normalized(x, config, features).astype(x.dtype)
-      return project.inputs_of_two_norms(y, w, widths, adapters)
+      return project.inputs_of_two_norms(y, w, widths)
     y = x if w.norm is None else norm(x, w.norm, w.norm_bias, config, features)
-    return project.inputs(y, w, widths, adapters)
+    return project.inputs(y, w, widths)
 
   def _finished(self, y: Float[Array, 'b t e'], w: BlockPartWeights) -> Float[Array, 'b t e']:
     """Apply int8 scales, biases and a norm to a block part's output product.

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.model.collectives import ops
+from t5x_inference_ext.model.weights import BlockPartWeights
 from t5x_inference_ext.sharding.layout import Axes
 
 
@@ -59,3 +60,15 @@ def scaled(
   """Apply a norm's learned scale and bias to normalized values; the result has `dtype`."""
   y = y * scale[None, None, :]
   return (y if bias is None else y + bias[None, None, :]).astype(dtype)
+
+
+def scaled_by_two_norms(
+  y: Float[Array, 'b t e'], w: BlockPartWeights
+) -> tuple[Float[Array, 'b t e'], Float[Array, 'b t e']]:
+  """Scale y by the two norms; return the inputs of attention and of the MLP."""
+  assert w.norm is not None
+  y32 = y.astype(jnp.float32)
+  return (
+    scaled(y32, w.norm, w.norm_bias, y.dtype),
+    scaled(y32, w.vectors['mlp_norm'], w.vectors.get('mlp_norm_bias'), y.dtype),
+  )

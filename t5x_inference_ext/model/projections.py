@@ -18,7 +18,8 @@ from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.model.adapters import RowAdapters, with_terms
 from t5x_inference_ext.model.collectives import looped, ops
 from t5x_inference_ext.model.collectives.weight_gather import Gatherer
-from t5x_inference_ext.model.weight_gathered import Columns, WeightGathered, scaled_by_two_norms
+from t5x_inference_ext.model.norm import scaled_by_two_norms
+from t5x_inference_ext.model.weight_gathered import Columns, WeightGathered
 from t5x_inference_ext.model.weights import BlockPartWeights
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.sharding.activations import ActivationSharding
@@ -32,11 +33,13 @@ class WeightStationary:
     sharding: Sharding of the pass's activations.
     block_part: The block part.
     overlaps: Whether other products can run while columns are summed.
+    adapters: Adapters of the rows, whose low-rank terms are added; None: none.
   """
 
   sharding: ActivationSharding
   block_part: BlockPart
   overlaps: bool = False
+  adapters: RowAdapters | None = None
 
   def _gathered(self, y: Float[Array, 'b t e']) -> Float[Array, 'rows positions width']:
     """Gather all tokens, or features, that the hidden axes split."""
@@ -53,11 +56,7 @@ class WeightStationary:
     return ops.reduce_scatter(y, self.sharding.layout.embed_axes, dim, self.overlaps)
 
   def inputs(
-    self,
-    y: Float[Array, 'b t e'],
-    w: BlockPartWeights,
-    widths: Mapping[str, int],
-    adapters: RowAdapters | None = None,
+    self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
   ) -> Columns:
     """Multiply y, this shard's part of the normed residual stream, by w_in.
 
@@ -65,16 +64,15 @@ class WeightStationary:
       y: The part.
       w: The weights.
       widths: Number of columns by name.
-      adapters: Adapters of the rows, whose low-rank terms are added; None: none.
     """
     layout = self.sharding.layout
     if layout.ring_directions:
-      terms = self._terms(y, w, adapters)
+      terms = self._terms(y, w)
       y = looped.all_gather_matmul(y, w.w_in, layout.hidden_axes, layout.ring_directions)
       y = y if w.in_scale is None else int8.rescale(y, w.in_scale)
     else:
       y = self._gathered(y)
-      terms = self._terms(y, w, adapters)
+      terms = self._terms(y, w)
       y = int8.matmul(y, w.w_in, w.in_scale)
     y = with_terms(y, terms)
     dim = self.sharding.reduce_scatter_dim(self.block_part)
@@ -90,24 +88,17 @@ class WeightStationary:
     return columns
 
   def _terms(
-    self,
-    y: Float[Array, 'b t e'],
-    w: BlockPartWeights,
-    adapters: RowAdapters | None,
-    columns: slice = slice(None),
+    self, y: Float[Array, 'b t e'], w: BlockPartWeights, columns: slice = slice(None)
   ) -> jax.Array | None:
     """Return the low-rank terms of some columns; y is a ring's slice, or gathered."""
-    layout = self.sharding.layout
-    if adapters is None:
+    if self.adapters is None:
       return None
-    return adapters.input_terms(y, w, columns, layout.hidden_axes if layout.ring_directions else ())
+    layout = self.sharding.layout
+    split = layout.hidden_axes if layout.ring_directions else ()
+    return self.adapters.input_terms(y, w, columns, split)
 
   def inputs_of_two_norms(
-    self,
-    y: Float[Array, 'b t e'],
-    w: BlockPartWeights,
-    widths: Mapping[str, int],
-    adapters: RowAdapters | None = None,
+    self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
   ) -> Columns:
     """Scale y by the norms of attention and of the MLP, and multiply by their columns of w_in.
 
@@ -117,7 +108,6 @@ class WeightStationary:
       y: This shard's part of the normalized residual stream, not yet scaled.
       w: The weights.
       widths: Number of columns by name.
-      adapters: See `inputs`.
     """
     layout, dim = self.sharding.layout, self.sharding.reduce_scatter_dim(self.block_part)
     if not layout.ring_directions:
@@ -133,7 +123,7 @@ class WeightStationary:
       else:
         x = int8.matmul(normed, w.w_in[:, block])
       x = x if w.in_scale is None else int8.rescale(x, w.in_scale[block])
-      x = with_terms(x, self._terms(normed, w, adapters, block))
+      x = with_terms(x, self._terms(normed, w, block))
       products.append(self._sum_columns(x, dim))
     columns, offset = {'attention': products[1]}, 0
     for name, width in widths.items():
@@ -142,15 +132,12 @@ class WeightStationary:
         offset += width
     return columns
 
-  def outputs(
-    self, columns: list[jax.Array], w: BlockPartWeights, adapters: RowAdapters | None = None
-  ) -> Float[Array, 'b t e']:
+  def outputs(self, columns: list[jax.Array], w: BlockPartWeights) -> Float[Array, 'b t e']:
     """Multiply `columns`, joined in the order of w_out's rows, by w_out, without out_scale.
 
     Args:
       columns: The columns: the MLP's, then attention's, as far as the block part has them.
       w: The weights.
-      adapters: See `inputs`.
     """
     layout = self.sharding.layout
     y = _side_by_side(columns, w.w_out.shape[0])
@@ -158,7 +145,9 @@ class WeightStationary:
     if dim is not None:
       y = ops.all_gather(y, layout.embed_axes, dim)
     ring, hidden = layout.ring_directions, layout.hidden_axes
-    terms = None if adapters is None else adapters.output_terms(y, w, hidden if ring else ())
+    terms = None
+    if self.adapters is not None:
+      terms = self.adapters.output_terms(y, w, hidden if ring else ())
     if ring:
       y = looped.matmul_reduce_scatter(y, w.w_out, hidden, ring)
       return with_terms(y, terms)
@@ -209,7 +198,10 @@ def keep_slices_apart(
 
 
 def projections(
-  sharding: ActivationSharding, block_part: BlockPart, overlaps: bool = False
+  sharding: ActivationSharding,
+  block_part: BlockPart,
+  overlaps: bool = False,
+  adapters: RowAdapters | None = None,
 ) -> WeightStationary | WeightGathered:
   """Return the matmuls of a block part, WeightStationary or WeightGathered as the layout says.
 
@@ -217,7 +209,8 @@ def projections(
     sharding: Sharding of the pass's activations.
     block_part: The block part.
     overlaps: Whether other products can run while columns are summed.
+    adapters: Adapters of the rows of the pass; None: no row has one.
   """
   if sharding.layout.gathered_axes:
-    return WeightGathered(sharding, Gatherer(sharding.layout.ring_directions))
-  return WeightStationary(sharding, block_part, overlaps)
+    return WeightGathered(sharding, Gatherer(sharding.layout.ring_directions), adapters)
+  return WeightStationary(sharding, block_part, overlaps, adapters)
