@@ -111,6 +111,38 @@ def softmax_over(segments: Sequence[tuple[jax.Array, KV]], dtype: jnp.dtype) -> 
   return out
 
 
+def largest_logits(
+  largest: Float[Array, 'b k n'], segments: Sequence[tuple[jax.Array, KV]]
+) -> Float[Array, 'b k n']:
+  """Return the largest logits of `largest` and of segments; see softmax_over."""
+  for logits, _ in segments:
+    largest = jnp.maximum(largest, jnp.max(logits, axis=-1))
+  return largest
+
+
+def with_segments(
+  out: Float[Array, 'b k n q'],
+  total: Float[Array, 'b k n'],
+  largest: Float[Array, 'b k n'],
+  segments: Sequence[tuple[jax.Array, KV]],
+  dtype: jnp.dtype,
+) -> Float[Array, 'b k n q']:
+  """Return attention's output over positions that are summed already and over further segments.
+
+  Args:
+    out: Sum of exp(logit - largest) * value over the former positions, float32.
+    total: Sum of exp(logit - largest) over them.
+    largest: The largest logit of all positions.
+    segments: See softmax_over.
+    dtype: Dtype of the operands of products.
+  """
+  for logits, values in segments:
+    weights = jnp.exp(logits - largest[..., None])
+    total += jnp.sum(weights, axis=-1)
+    out += mix(weights, values, dtype)
+  return out / total[..., None]
+
+
 def grouped_queries(
   q: Float[Array, 'b m h q'], new: int, kv_heads: int, first_query: Int[Array, ''] | int
 ) -> tuple[Float[Array, 'b k n q'], Bool[Array, '1 1 n t']]:

@@ -16,9 +16,10 @@ from t5x_inference_ext.hardware import LANES
 from t5x_inference_ext.model.attention import (
   Context,
   grouped_queries,
+  largest_logits,
   masked_logits,
-  mix,
   ungrouped,
+  with_segments,
 )
 from t5x_inference_ext.model.paged_attention import PagedContext, shared_segment
 from t5x_inference_ext.quantization.kv import KV
@@ -106,14 +107,8 @@ class AttentionKernel:
     partial = attend_to_context(
       grouped[:, 0], keys, values, context.lengths, blocks, self.interpret
     )
-    largest = partial.largest[:, None]  # [b, 1, n], as all sums here
-    for logits, _ in segments:
-      largest = jnp.maximum(largest, jnp.max(logits, axis=-1))  # finite: a new token sees itself
-    rescale = jnp.exp(partial.largest[:, None] - largest)
-    total = partial.total[:, None] * rescale
-    out = partial.out[:, None] * rescale[..., None]
-    for logits, of_segment in segments:
-      weights = jnp.exp(logits - largest[..., None])
-      total += jnp.sum(weights, axis=-1)
-      out += mix(weights, of_segment, q.dtype)
-    return ungrouped(out / total[..., None], q)
+    out, context_largest, total = (x[:, None] for x in partial)  # [b, 1, n], with one key head
+    largest = largest_logits(context_largest, segments)  # finite: a new token sees itself
+    rescale = jnp.exp(context_largest - largest)
+    out, total = out * rescale[..., None], total * rescale
+    return ungrouped(with_segments(out, total, largest, segments, q.dtype), q)

@@ -16,10 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from t5x_inference_ext.model.attention import (
   grouped_queries,
+  largest_logits,
   masked_logits,
   mix,
   softmax_over,
   ungrouped,
+  with_segments,
 )
 from t5x_inference_ext.model.attention_rules import AttentionRules
 from t5x_inference_ext.quantization.kv import KV
@@ -101,8 +103,7 @@ def attend_pages(
   # [b, n, 1, 1]: whether row b owns page n.
   mine = (jnp.arange(len(q))[:, None] == owners[None, :])[:, :, None, None]
   largest = jnp.max(jnp.where(mine, jnp.max(logits, axis=-1)[None], -jnp.inf), axis=1)
-  for x, _ in segments:
-    largest = jnp.maximum(largest, jnp.max(x, axis=-1))  # finite: a new token sees itself
+  largest = largest_logits(largest, segments)  # finite: a new token sees itself
   # [b, k, m * group], like all sums here. Pages are summed by a product with zeros and ones, in
   # which 0 times NaN would break other rows; so pages that are not finite get weight 0. Cached
   # values are small enough that their sum is finite.
@@ -116,11 +117,7 @@ def attend_pages(
     (((1,), (0,)), ((), ())),
     precision=lax.Precision.HIGHEST,
   )
-  for x, values in segments:
-    weights = jnp.exp(x - largest[..., None])
-    total += jnp.sum(weights, axis=-1)
-    out += mix(weights, values, q.dtype)
-  return ungrouped(out / total[..., None], q)
+  return ungrouped(with_segments(out, total, largest, segments, q.dtype), q)
 
 
 def shared_segment(
