@@ -53,7 +53,7 @@ class PartialSoftmax(NamedTuple):
 
 
 class Blocks(NamedTuple):
-  """Which positions of which rows the blocks of a cache hold.
+  """Blocks of a cache, each with the row and the positions that it holds.
 
   Attributes:
     rows: [blocks] int32. The row that owns a block.
@@ -136,7 +136,7 @@ def attend_to_context(
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary', 'arbitrary')
     ),
-    # What precompile.kernels multiplies the compiler's schedule of one step with.
+    # The number of steps by which precompile.kernel_cost multiplies the schedule of one step.
     metadata={'steps': str(_HALVES * tiles * steps), 'parallel': str(_HALVES)},
     interpret=interpret,
   )(blocks.rows, filled, _places_read(blocks.places, filled, steps), q, *operands)
