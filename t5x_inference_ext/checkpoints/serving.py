@@ -22,7 +22,7 @@ from t5x_inference_ext.checkpoints.serving_tensor import CHECKSUMS, PackedTensor
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError, printable
-from t5x_inference_ext.quantization.formats import stored_size, weight_format
+from t5x_inference_ext.quantization.formats import SERVED_WEIGHTS, stored_size, weight_format
 from t5x_inference_ext.quantization.nibbles import packed_shape
 from t5x_inference_ext.text.settings import TextSettings, assumed_settings, unknown_vocabulary
 from t5x_inference_ext.text_files import load_json
@@ -33,7 +33,6 @@ SERVING_FORMAT = 't5x_inference_ext serving checkpoint'
 PUBLIC_FORMATS = ('safetensors', 'gguf')
 # Version 2 added text settings, and the header's checksum of itself.
 VERSION = 2
-SERVING_WEIGHTS = ('int8', 'int4', 'bfloat16')
 
 # Maximum sides of a chunk; its rows are halved further, until it has at most MAX_CHUNK_BYTES. With
 # small chunks, a shard of a matrix reads little beyond its share, and a conversion can hold all
@@ -124,10 +123,10 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
     if header['version'] > 1 or 'crc32' in header:  # the earliest headers had no checksum
       check_own_checksum(path, CONFIG, data, header.get('crc32'))
     config = ModelConfig.from_dict(header['model'])
-    if str(header['weights']).partition(',')[0] not in SERVING_WEIGHTS:
+    if str(header['weights']).partition(',')[0] not in SERVED_WEIGHTS:
       raise CheckpointError(
         f'{where}: weights {printable(header["weights"], 80)} are not one of '
-        f'{", ".join(SERVING_WEIGHTS)}'
+        f'{", ".join(SERVED_WEIGHTS)}'
       )
     weight_format(header['weights'])  # raises ValueError
     source = header.get('source')

@@ -59,7 +59,7 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from t5x_inference_ext.checkpoints import convert, serving
+from t5x_inference_ext.checkpoints import convert
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, is_finished
 from t5x_inference_ext.checkpoints.conventions import CONVENTION_NAMES, Conventions
 from t5x_inference_ext.checkpoints.conversion.options import COMMON, ConvertOptions
@@ -69,6 +69,7 @@ from t5x_inference_ext.compilation_cache import CacheOptions, use_compilation_ca
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.options import check_options, option
 from t5x_inference_ext.progress_bar import PassProgress, print_line
+from t5x_inference_ext.quantization.formats import SERVED_WEIGHTS
 from t5x_inference_ext.rendezvous import ProcessOptions
 from t5x_inference_ext.text_files import check_plots
 
@@ -91,7 +92,7 @@ class SourceOptions:
     None,
     help="Dtype of a serving checkpoint's matrices. Not needed for T5X's formats.",
     group=_REQUIRED,
-    choices=serving.SERVING_WEIGHTS,
+    choices=SERVED_WEIGHTS,
   )
   vocabulary: str | None = option(
     None,

@@ -17,7 +17,7 @@ import time
 from absl import flags as absl_flags
 import numpy as np
 
-from t5x_inference_ext.checkpoints import serving, storage
+from t5x_inference_ext.checkpoints import storage
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_tree
 from t5x_inference_ext.checkpoints.conversion.conversion import Conversion
 from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions
@@ -30,7 +30,7 @@ from t5x_inference_ext.config import PRESETS, ModelConfig, preset
 from t5x_inference_ext.errors import CheckpointError, UserError, printable
 from t5x_inference_ext.progress_bar import print_line
 from t5x_inference_ext.quantization import rounding
-from t5x_inference_ext.quantization.formats import is_quantized
+from t5x_inference_ext.quantization.formats import SERVED_WEIGHTS, is_quantized
 from t5x_inference_ext.text_format import decimal_bytes, rough_duration
 
 # Fields that distinguish known models. The vocabulary size does not: it may be padded.
@@ -151,7 +151,7 @@ def looks_like(config: ModelConfig) -> str:
 
 def costs(checkpoint: Checkpoint) -> Iterator[str]:
   """Yield a line for each kind of weights, with the cost of converting the checkpoint to it."""
-  for weights in serving.SERVING_WEIGHTS:
+  for weights in SERVED_WEIGHTS:
     if narrowed(checkpoint, weights) is not None:  # conversions round only once
       continue
     conversion = Conversion(

@@ -56,9 +56,9 @@ from t5x_inference_ext.commands import cli, option_flags
 from t5x_inference_ext.config import PRESETS, preset
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.planner.service_options import ServiceOptions
+from t5x_inference_ext.quantization.formats import SERVED_WEIGHTS
 
 _DTYPES = ('int8', 'bfloat16')
-_WEIGHTS = ('int8', 'int4', 'bfloat16')
 # (kind, name, default, help text, choices)
 _FLAGS: tuple[tuple[Any, ...], ...] = (
   ('enum', 'model', None, 'The model.', sorted(PRESETS)),
@@ -86,7 +86,7 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
   ),
   ('integer', 'input_length', 1920, 'Tokens of each prompt.'),
   ('integer', 'output_length', 64, 'Tokens to generate for each prompt, one decode step each.'),
-  ('enum', 'weights', 'int8', 'Dtype of the weights.', _WEIGHTS),
+  ('enum', 'weights', 'int8', 'Dtype of the weights.', SERVED_WEIGHTS),
   ('enum', 'cache', 'bfloat16', 'Dtype of keys and values.', _DTYPES),
   (
     'enum',

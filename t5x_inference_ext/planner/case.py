@@ -10,7 +10,7 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.network import axis_sizes
-from t5x_inference_ext.quantization.formats import weight_format
+from t5x_inference_ext.quantization.formats import SERVED_WEIGHTS, weight_format
 from t5x_inference_ext.sharding import activations, traffic
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.collective import Collective
@@ -18,7 +18,6 @@ from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.packing import PackedTensor, matrix_bytes, packed_tensors
 
 PASSES = ('prefill', 'decode')
-WEIGHT_DTYPES = ('int8', 'int4', 'bfloat16')
 # Bytes of an element. Activations are always bfloat16, as in section 3.6 of the paper.
 CACHE_ELEMENT_BYTES = {'int8': 1, 'bfloat16': 2}
 ACTIVATION_BYTES = 2
@@ -79,7 +78,7 @@ class PassCase:
   least_padded: int = 0
 
   def __post_init__(self) -> None:
-    known = {'phase': (*PASSES, 'verify'), 'weights': WEIGHT_DTYPES, 'cache': CACHE_ELEMENT_BYTES}
+    known = {'phase': (*PASSES, 'verify'), 'weights': SERVED_WEIGHTS, 'cache': CACHE_ELEMENT_BYTES}
     check_choices(self, known)
     check_counts(self, ('batch', 'length', 'context'))
     if self.phase == 'decode' and self.length != 1:

@@ -8,7 +8,6 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.planner.case import (
   CACHE_ELEMENT_BYTES,
-  WEIGHT_DTYPES,
   PassCase,
   check_choices,
   check_counts,
@@ -18,6 +17,7 @@ from t5x_inference_ext.planner.efficiency import Efficiency
 from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.memory import PlannedMemory, memory
 from t5x_inference_ext.planner.network import CONVENTIONS
+from t5x_inference_ext.quantization.formats import SERVED_WEIGHTS
 from t5x_inference_ext.sharding.layout import Layout, check_pair
 
 OBJECTIVES = ('latency', 'throughput', 'cost')
@@ -65,7 +65,7 @@ class PlanRequest:
     check_choices(
       self,
       {
-        'weights': WEIGHT_DTYPES,
+        'weights': SERVED_WEIGHTS,
         'cache': CACHE_ELEMENT_BYTES,
         'convention': CONVENTIONS,
         'phase': PLAN_PHASES,

@@ -15,11 +15,10 @@ from t5x_inference_ext.model.kernel_attention import ATTENTION_KINDS
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.options import check_options, option
 from t5x_inference_ext.precompile.phases import COMPILE_PHASES, CompilePhase
-from t5x_inference_ext.quantization.formats import with_bits
+from t5x_inference_ext.quantization.formats import SERVED_WEIGHTS, with_bits
 from t5x_inference_ext.sharding.layout import Layout
 
 GREEDY = SamplingParams()
-WEIGHT_NAMES = ('int8', 'int4', 'bfloat16')
 CHUNK = SchedulerConfig.prefill_chunk
 CHECKED = 9  # tokens of a row in 'verify': the last one and a draft of 8
 _GROUP = 'Program'
@@ -101,9 +100,9 @@ class CompileCase:
   def __post_init__(self) -> None:
     check_options(self)
     name, _, bits = self.weights.partition(',')
-    if name not in WEIGHT_NAMES:
+    if name not in SERVED_WEIGHTS:
       raise RequestError(
-        f'weights must be one of {", ".join(WEIGHT_NAMES)}, got {printable(self.weights, 80)}'
+        f'weights must be one of {", ".join(SERVED_WEIGHTS)}, got {printable(self.weights, 80)}'
       )
     object.__setattr__(self, 'weights', with_bits(name, bits, self.config))
     if self.phase == 'generate':

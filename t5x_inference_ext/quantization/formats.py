@@ -16,6 +16,8 @@ from t5x_inference_ext import params
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import UserError, printable
 
+# Dtypes that the matrices of a serving checkpoint can have.
+SERVED_WEIGHTS = ('int8', 'int4', 'bfloat16')
 # Dtypes of quantized matrices, by their bits.
 QUANTIZED = {8: np.dtype(np.int8), 4: np.dtype(ml_dtypes.int4)}
 _BITS = {dtype: bits for bits, dtype in QUANTIZED.items()}

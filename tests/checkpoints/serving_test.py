@@ -13,6 +13,7 @@ from t5x_inference_ext.checkpoints import convert, open_checkpoint, serving
 from t5x_inference_ext.config import PRESETS, ModelConfig, preset
 from t5x_inference_ext.errors import CheckpointError
 from t5x_inference_ext.params import LAYERS_AXIS, parameters
+from t5x_inference_ext.quantization.formats import SERVED_WEIGHTS
 from tests.checkpoints import synthetic
 
 SCANNED = synthetic.fused(synthetic.canonical())
@@ -83,7 +84,7 @@ def test_any_slice_over_many_chunks(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name', sorted(PRESETS))
-@pytest.mark.parametrize('weights', serving.SERVING_WEIGHTS)
+@pytest.mark.parametrize('weights', SERVED_WEIGHTS)
 def test_chunks_are_of_one_layer_and_bounded(name, weights):
   tensors = serving.serving_tensors(preset(name), weights)
   assert len(tensors) > 8

@@ -15,7 +15,7 @@ from t5x_inference_ext.checkpoints.conversion.packed_array import PackedArray
 from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray
 from t5x_inference_ext.checkpoints.conversion.t5x_output import T5xOutput
 from t5x_inference_ext.errors import UserError
-from t5x_inference_ext.quantization.formats import bits_of, weight_format, with_bits
+from t5x_inference_ext.quantization.formats import SERVED_WEIGHTS, bits_of, weight_format, with_bits
 
 
 class ServingOutput(Output):
@@ -78,10 +78,8 @@ def make_output(
   if options.format != 'serving':
     weights = 'int8' if options.format == 't5x_int8' else 'float32'
     return T5xOutput(source, directory, weights, record)
-  if options.weights not in serving.SERVING_WEIGHTS:
-    raise UserError(
-      f'weights must be one of {", ".join(serving.SERVING_WEIGHTS)}, got {options.weights!r}'
-    )
+  if options.weights not in SERVED_WEIGHTS:
+    raise UserError(f'weights must be one of {", ".join(SERVED_WEIGHTS)}, got {options.weights!r}')
   weights = with_bits(options.weights, options.bits or '', source.config)
   if (name := narrowed(source, weights)) is not None:
     raise UserError(
