@@ -23,16 +23,10 @@ os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported: nothing is comput
 from t5x_inference_ext.config import preset  # noqa: E402
 from t5x_inference_ext.errors import UserError  # noqa: E402
 from t5x_inference_ext.planner.drafts import ACCEPTANCES, tokens_of_step  # noqa: E402
-from t5x_inference_ext.precompile.analysis import analyze  # noqa: E402
+from t5x_inference_ext.precompile.analysis import analyze, extrapolated  # noqa: E402
 
 FEW_LAYERS = 2, 4
 TITLES = ('rows', 'draft', 'ms a step', 'of which drafts', 'times')
-
-
-def extrapolated(first: float, second: float, layers: int) -> float:
-  """Return the time of all layers, from the times of FEW_LAYERS[0] and FEW_LAYERS[1] layers."""
-  few, more = FEW_LAYERS
-  return first + (second - first) / (more - few) * (layers - few)
 
 
 @functools.cache
@@ -66,7 +60,7 @@ def step_seconds(
     )
     return answer.compiled[1].serial_seconds
 
-  return extrapolated(*map(seconds, FEW_LAYERS), config.num_layers)
+  return extrapolated(*map(seconds, FEW_LAYERS), FEW_LAYERS, config.num_layers)
 
 
 def table_row(rows: int, draft: int, step: float, drafts: float, plain: float) -> str:

@@ -206,7 +206,18 @@ def _seconds_of_all_layers(case: CompileCase, compiled: Callable[[CompileCase], 
   first, last = seconds(few), seconds(3 * few)
   if math.isinf(last):
     return last
-  return first + (last - first) / (2 * few) * (case.config.num_layers - few)
+  return extrapolated(first, last, (few, 3 * few), case.config.num_layers)
+
+
+def extrapolated(first: float, second: float, few: tuple[int, int], layers: int) -> float:
+  """Return the time of all layers, from the times of two small numbers of layers.
+
+  Args:
+    first, second: Times with few[0] and with few[1] layers.
+    few: The two numbers of layers.
+    layers: Number of all layers.
+  """
+  return first + (second - first) / (few[1] - few[0]) * (layers - few[0])
 
 
 def _serial(result: _Result) -> float:

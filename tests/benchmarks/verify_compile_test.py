@@ -7,8 +7,9 @@ from benchmarks import verify_compile
 
 def test_times_of_few_layers_are_extrapolated():
   """A step of 0.2 s and 0.1 s a layer."""
-  few, more = (0.2 + 0.1 * layers for layers in verify_compile.FEW_LAYERS)
-  assert verify_compile.extrapolated(few, more, 118) == pytest.approx(0.2 + 11.8)
+  layers = verify_compile.FEW_LAYERS
+  few, more = (0.2 + 0.1 * count for count in layers)
+  assert verify_compile.extrapolated(few, more, layers, 118) == pytest.approx(0.2 + 11.8)
 
 
 def test_a_row_has_the_time_of_a_token_by_acceptance():
