@@ -6,6 +6,7 @@ the program with one layer of each kind, and reads those files.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import pickle
@@ -57,12 +58,23 @@ def kernel_schedules(
   few = dataclasses.replace(
     case, config=dataclasses.replace(case.config, num_layers=layers), scan_layers=False
   )
+  return _compiled_schedules(few, slice_, mesh)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_schedules(
+  case: CompileCase, slice_: TpuSlice, mesh: tuple[int, ...]
+) -> dict[str, KernelSchedule]:
+  """Compile a case of few layers in another process, and return the schedules of its kernels.
+
+  Cached, since the search for a layout compiles each layout with several numbers of layers.
+  """
   with tempfile.TemporaryDirectory() as directory:
     environment = {**os.environ, 'LIBTPU_INIT_ARGS': _DUMP.format(directory)}
     try:
       ran = subprocess.run(
         [sys.executable, '-m', __name__],
-        input=pickle.dumps((few, slice_, mesh)),
+        input=pickle.dumps((case, slice_, mesh)),
         env=environment,
         capture_output=True,
         timeout=_SECONDS,
