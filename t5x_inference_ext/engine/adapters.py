@@ -144,9 +144,9 @@ def named_paths(values: Collection[str], chosen: str | None = None) -> dict[str,
 
 
 def read_adapters(
-  paths: Mapping[str, str | os.PathLike], checkpoint: Checkpoint
+  paths: Mapping[str, str | os.PathLike | Adapter], checkpoint: Checkpoint
 ) -> dict[str, Adapter]:
-  """Read adapters by name.
+  """Read adapters by name. One that was read for this checkpoint before is returned as it is.
 
   Raises:
     RequestError: A name can't be used.
@@ -157,4 +157,7 @@ def read_adapters(
       raise RequestError(
         f"an adapter can't be named {printable(name, 80)}: use letters, digits and _ . / : @ + -"
       )
-  return {name: read_adapter(path, checkpoint) for name, path in paths.items()}
+  return {
+    name: path if isinstance(path, Adapter) else read_adapter(path, checkpoint)
+    for name, path in paths.items()
+  }

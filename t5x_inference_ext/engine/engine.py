@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
+from t5x_inference_ext.checkpoints.adapters.adapter import Adapter
 from t5x_inference_ext.checkpoints.adapters.load import load_adapters
 from t5x_inference_ext.checkpoints.identity import WeightsIdentity, weights_identity
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
@@ -61,7 +62,7 @@ class Engine(RequestMaker):
     decode_layout: str = 'ws_2d/batch',
     scan_layers: bool | None = None,
     executable: str | os.PathLike | None = None,
-    adapters: Mapping[str, str | os.PathLike] = types.MappingProxyType({}),
+    adapters: Mapping[str, str | os.PathLike | Adapter] = types.MappingProxyType({}),
     progress: Callable[[list], Iterable] = iter,
     **conventions: Any,
   ) -> 'Engine':
@@ -79,7 +80,7 @@ class Engine(RequestMaker):
         more than 8 layers on CPU, never on accelerators.
       executable: File of a generation that precompile saved for this model, mesh and installation.
         It serves only what it was compiled for. Loading it runs code: use your own files.
-      adapters: Name -> path of each adapter that prompts can choose (docs/adapters.md).
+      adapters: Name -> path, or read_adapter's result, of each adapter that prompts can choose.
       progress: Wraps the list of tensors that are loaded, e.g. tqdm.
       **conventions: Arguments of open_checkpoint: properties that can't be read from T5X weights.
 

@@ -1,5 +1,6 @@
 """Prepare an engine from a run's options, and print what is found, assumed and chosen."""
 
+from collections.abc import Mapping
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import jax
 
 from t5x_inference_ext import distributed
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
+from t5x_inference_ext.checkpoints.adapters.adapter import Adapter
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.engine import saved_generation
 from t5x_inference_ext.engine.draft_model import open_draft_model
@@ -104,8 +106,19 @@ def explain_layout(options: InferOptions, prompt_length: int) -> None:
   print_on_main(explain(setting, make_mesh(sizes) if here else None))
 
 
-def load_engine(options: InferOptions, checkpoint: Checkpoint, mesh: jax.sharding.Mesh) -> Engine:
+def load_engine(
+  options: InferOptions,
+  checkpoint: Checkpoint,
+  mesh: jax.sharding.Mesh,
+  adapters: Mapping[str, Adapter] | None = None,
+) -> Engine:
   """Load the weights onto the mesh, with a progress bar.
+
+  Args:
+    options: Options of the run.
+    checkpoint: The model.
+    mesh: The devices.
+    adapters: The options' adapters, if they were read before; None: they are read here.
 
   Raises:
     SavedError: The saved program does not fit these options. Raised before weights are read.
@@ -128,7 +141,7 @@ def load_engine(options: InferOptions, checkpoint: Checkpoint, mesh: jax.shardin
       decode_layout=options.decode_layout,
       scan_layers=options.scan_layers,
       executable=options.executable,
-      adapters=options.adapter_paths,
+      adapters=options.adapter_paths if adapters is None else adapters,
       progress=lambda jobs: progress(jobs, 'loading weights', len(jobs)),
     )
   model = engine.model

@@ -67,7 +67,8 @@ def prepare(
     default = RowSampling(
       options.sampling, options.max_new_tokens, stop=options.stop, adapter=options.adapter
     )
-    names = AdapterNames.of(read_adapters(options.adapter_paths, checkpoint), rows_of_model)
+    adapters = read_adapters(options.adapter_paths, checkpoint)
+    names = AdapterNames.of(adapters, rows_of_model)
     tokenized = prompt_rows.tokenize(
       files.prompts, rows, checkpoint, default, None if scoring else options.max_prompt, names
     )
@@ -92,7 +93,7 @@ def prepare(
   distributed.check_same(
     options=options, prompts=tokenized, checkpoint=(checkpoint.notes, text.to_dict())
   )
-  engine = loading.load_engine(options, checkpoint, mesh)
+  engine = loading.load_engine(options, checkpoint, mesh, adapters)
   journal = Journal(
     _journal_path(files.output),
     (options, tokenized, checkpoint.path, checkpoint.step, checkpoint.notes, text.to_dict()),
