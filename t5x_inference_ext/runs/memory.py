@@ -12,7 +12,6 @@ from t5x_inference_ext.runs.infer_options import InferOptions
 from t5x_inference_ext.runs.loading import OpenModel
 from t5x_inference_ext.text_format import decimal_bytes
 
-_FLOAT_BYTES = {'float32': 4, 'bfloat16': 2}
 _SCALE_BYTES = 4  # an int8 cache has a scale for each position and head
 
 
@@ -35,10 +34,7 @@ def held_memory(
     positions: Positions of each row's cache.
   """
   config, cache = checkpoint.config, options.cache or options.dtype
-  if cache == 'int8':
-    head_bytes = config.d_head + _SCALE_BYTES
-  else:
-    head_bytes = config.d_head * _FLOAT_BYTES[cache]
+  head_bytes = stored_size(config.d_head, cache) + _SCALE_BYTES * (cache == 'int8')
   heads = 2 * config.num_layers * config.num_kv_heads
   form = weight_format(checkpoint.weights)
   weights = stored_size(config.num_params, form.dtype() if form.quantized else options.dtype)

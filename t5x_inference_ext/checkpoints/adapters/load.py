@@ -5,9 +5,9 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-import ml_dtypes
 import numpy as np
 
 from t5x_inference_ext import params
@@ -20,8 +20,6 @@ from t5x_inference_ext.model.weights import LayerWeights, Weights
 from t5x_inference_ext.sharding.adapter_packing import adapter_spec, is_adapter_matrix, pack_part
 from t5x_inference_ext.sharding.columns import PackedPart, input_parts, output_parts
 from t5x_inference_ext.sharding.layout import num_shards
-
-_DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
 
 def load_adapters(
@@ -40,7 +38,7 @@ def load_adapters(
     layers = layers[:1]
   for part in model.config.block_parts:
     for name, values in _arrays(adapters, checkpoint, model, part).items():
-      dtype = _DTYPES[model.dtype] if is_adapter_matrix(name) else values.dtype
+      dtype = jnp.dtype(model.dtype) if is_adapter_matrix(name) else values.dtype
       spec = adapter_spec(name, model.prefill_layout)
       for i, layer in enumerate(layers):
         host = values if weights.stacked else values[i]
@@ -73,7 +71,7 @@ def _prompts(adapters: Sequence[Adapter], model: Model) -> jax.Array | None:
   shards = num_shards(layout.stored_hidden, model.mesh.shape)
   padded = np.pad(table, ((0, -len(table) % shards), (0, 0)))
   spec = layout.weight_spec((params.VOCAB_AXIS, params.EMBED_AXIS))
-  return _put(model, padded.astype(_DTYPES[model.dtype]), spec)
+  return _put(model, padded.astype(jnp.dtype(model.dtype)), spec)
 
 
 def _arrays(
