@@ -294,7 +294,7 @@ class Scheduler:
 
   def _forget(self, row: Row) -> None:
     """Forget a request once all of its rows have ended."""
-    if all((handle := row.handle).finish_reasons):
-      handle.state, handle.matchers = RequestState.FINISHED, ()
-      del self._unfinished[handle.index]
+    if all(row.handle.finish_reasons):
+      row.handle.state, row.handle.matchers = RequestState.FINISHED, ()
+      del self._unfinished[row.handle.index]
       self._finished += 1
