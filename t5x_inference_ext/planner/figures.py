@@ -71,7 +71,7 @@ def pareto(
   about = (
     f'{_work_text(points[0].request)}, {chips}, {points[0].request.cache} cache\n'
     'a point: the fastest mesh and layout of a slice and a batch (rows run together); a line: what '
-    f'nothing beats in both; {_ADDED}'
+    f'nothing beats in both\n{_ADDED}'
   )
   with _figure(path, 11, 4.5, about) as figure:
     for i, (phase, unit) in enumerate((('decode', 'a step'), ('prefill', 'all prompts')), 1):
