@@ -13,19 +13,13 @@ on the same slice with the same dtype of weights. Needs libtpu.
 """
 
 import argparse
-import dataclasses
 import functools
 import itertools
-import os
 
-os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported: nothing is computed here
+from benchmarks.few_layers import FEW_LAYERS, extrapolated_times
+from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.planner.drafts import ACCEPTANCES, tokens_of_step
 
-from t5x_inference_ext.config import preset  # noqa: E402
-from t5x_inference_ext.errors import UserError  # noqa: E402
-from t5x_inference_ext.planner.drafts import ACCEPTANCES, tokens_of_step  # noqa: E402
-from t5x_inference_ext.precompile.analysis import analyze, extrapolated  # noqa: E402
-
-FEW_LAYERS = 2, 4
 TITLES = ('rows', 'draft', 'ms a step', 'of which drafts', 'times')
 
 
@@ -44,23 +38,10 @@ def step_seconds(
     draft: Number of draft tokens.
     context: Positions of each row's cache.
   """
-  config = preset(model)
-  case = dict(phase='verify', prompt=draft + 1) if draft else dict(phase='decode')
-
-  def seconds(layers: int) -> float:
-    answer = analyze(
-      dataclasses.replace(config, num_layers=layers),
-      weights,
-      slice_name,
-      batch=rows,
-      context=context,
-      layout=layout,
-      scan_layers=False,
-      **case,
-    )
-    return answer.compiled[1].serial_seconds
-
-  return extrapolated(*map(seconds, FEW_LAYERS), FEW_LAYERS, config.num_layers)
+  phase, fields = ('verify', {'prompt': draft + 1}) if draft else ('decode', {})
+  return extrapolated_times(
+    model, weights, slice_name, phase, rows, context, layout, **fields
+  ).serial
 
 
 def table_row(rows: int, draft: int, step: float, drafts: float, plain: float) -> str:

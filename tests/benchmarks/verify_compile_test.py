@@ -2,14 +2,7 @@
 
 import pytest
 
-from benchmarks import verify_compile
-
-
-def test_times_of_few_layers_are_extrapolated():
-  """A step of 0.2 s and 0.1 s a layer."""
-  layers = verify_compile.FEW_LAYERS
-  few, more = (0.2 + 0.1 * count for count in layers)
-  assert verify_compile.extrapolated(few, more, layers, 118) == pytest.approx(0.2 + 11.8)
+from benchmarks import few_layers, verify_compile
 
 
 def test_a_row_has_the_time_of_a_token_by_acceptance():
@@ -22,7 +15,7 @@ def test_a_row_has_the_time_of_a_token_by_acceptance():
 @pytest.mark.libtpu
 def test_a_step_that_checks_a_draft_takes_longer(monkeypatch):
   """Compiled with one and two layers, to be quick."""
-  monkeypatch.setattr(verify_compile, 'FEW_LAYERS', (1, 2))
+  monkeypatch.setattr(few_layers, 'FEW_LAYERS', (1, 2))
   case = 'palm_8b', 'int8', 'v4:2x2x1', 'ws_2d/batch', 8
   plain, checking = (verify_compile.step_seconds(*case, draft, 256) for draft in (0, 4))
   assert 1e-3 < plain < checking < 3 * plain
