@@ -43,8 +43,8 @@ _SHARE = {
   'network': 'network',
   'host': None,
 }
-# Convention -> the share that elementwise operations take of what the TPU compiler estimates.
-# Measured programs take 0.3 (precompile/calibration.py). The paper's model leaves them out.
+# Convention -> factor on the TPU compiler's estimate of the time of elementwise operations.
+# Programs measured on a TPU took 0.3 of it (precompile/calibration.py). The paper has none.
 _ELEMENTWISE = {'torus': 0.3, 'compiled': 1.0, 'paper': 0.0}
 
 
