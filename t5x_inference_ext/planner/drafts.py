@@ -1,9 +1,9 @@
 """Predicts when speculative decoding pays: the time of decode steps that check draft tokens.
 
 A step that checks K draft tokens of each row is one pass over K + 1 positions of each row, with
-logits at every position. If a draft token is right with probability a whenever all earlier ones
-are, a step gives a row 1 + a + ... + a^K tokens on average. The time of making drafts is not
-included.
+logits at every position. If a draft token is right with probability a whenever all earlier tokens
+of the draft are, a step gives a row 1 + a + ... + a^K tokens on average. The time of making drafts
+is not included.
 """
 
 from collections.abc import Sequence
