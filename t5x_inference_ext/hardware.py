@@ -96,9 +96,9 @@ _GIB = 2**30
 # of kernels. Fitted to FasterTransformer's times with tensor parallelism of 16
 # (benchmarks/planner_fit.py).
 GPU_LAYER_LATENCY = 148e-6
-# Latencies of NCCL's LL128 protocol over trees: of a collective, of a step over NVLink, of a step
-# between nodes. src/graph/tuning.cc has 4.4, 1.2 and 8.5 us in the version that was read; 14 us is
-# not from there, and GPU_LAYER_LATENCY is fitted beside it.
+# NCCL's latencies, tree algorithm and LL128 protocol: start of a collective, step over NVLink, step
+# between nodes. NCCL's src/graph/tuning.cc says 4.4, 1.2 and 8.5 us. We start a collective in 14 us
+# instead, the value with which GPU_LAYER_LATENCY was fitted.
 _NCCL, _NVLINK_STEP, _NODE_STEP = 14e-6, 1.25e-6, 8.5e-6
 
 # Clocks: peak bf16 FLOP/s divided by the matrix units' FLOPs per cycle. The divisor is the next

@@ -25,7 +25,6 @@ class Node:
       tree.
     depth: Index of the block in every prompt with this prefix; -1 for a root.
     children: Child nodes, by key.
-    pins: Number of pins on this node and its descendants together.
   """
 
   key: tuple[Hashable, ...]
@@ -33,7 +32,6 @@ class Node:
   block: int
   depth: int
   children: dict[tuple[Hashable, ...], 'Node'] = dataclasses.field(default_factory=dict)
-  pins: int = 0
 
   def path(self) -> Iterator['Node']:
     """Yield this node, its parent and so on, without the root."""
@@ -72,8 +70,8 @@ class PrefixTree:
   def _reset(self) -> None:
     self._roots: dict[Hashable, Node] = {}
     self._free = list(range(self.blocks))[::-1]
-    # Nodes that are not pinned, in the order of their last use.
-    self._unpinned: collections.OrderedDict[Node, None] = collections.OrderedDict()
+    # All nodes except the roots, in the order of their last use.
+    self._order: collections.OrderedDict[Node, None] = collections.OrderedDict()
 
   @property
   def used(self) -> int:
@@ -90,7 +88,7 @@ class PrefixTree:
 
     Returns:
       The nodes of the prefix, from the first block on. They stay in the tree until the next
-      `extend`, or, if the last one is pinned, until it is unpinned.
+      `extend`.
     """
     path = self._find(tokens, salt, max(0, len(tokens) - 1) // self.block_size)
     self.queries += 1
@@ -123,7 +121,9 @@ class PrefixTree:
     # While the root has no children, an eviction may have removed it. Enter it again.
     root = self._roots.get(salt) or Node((salt,), None, -1, -1)
     last = path[-1] if path else root
-    self._pin(last)  # so that eviction spares the parents of the new nodes
+    # Eviction takes nodes from the order of use. The parents of the new nodes leave it meanwhile.
+    for node in last.path():
+      del self._order[node]
     made: list[Node] = []
     for depth in range(len(path), wanted):
       block = self._take_block()
@@ -131,42 +131,18 @@ class PrefixTree:
         break
       node = Node(self._key(tokens, depth), last, block, depth)
       last.children[node.key] = node
-      # Move the pin from the parent to the new node. The parent's count stays: it includes its
-      # descendants' pins.
-      node.pins, last = 1, node
+      last = node
       made.append(node)
     self.stored += len(made)
-    self._unpin(last)
+    self._use(last)
     if root.children:
       self._roots[salt] = root
     return made
 
-  def pin(self, node: Node) -> None:
-    """Protect a node and its ancestors from eviction until `unpin`.
-
-    Pins are counted: each needs its own `unpin`.
-
-    Raises:
-      ValueError: The node is not in the tree.
-    """
-    if node.block < 0:
-      raise ValueError('this node is no longer in the tree: pin it before the next call of extend')
-    self._pin(node)
-
-  def unpin(self, node: Node) -> None:
-    """Undo one call of `pin`. The node counts as used now.
-
-    Raises:
-      ValueError: The node is not pinned.
-    """
-    if node.pins < 1:
-      raise ValueError('this node is not pinned')
-    self._unpin(node)
-
   def clear(self) -> None:
-    """Remove all nodes, pinned ones too. Do not unpin a removed node afterwards."""
+    """Remove all nodes."""
     for node in self._nodes():
-      node.block, node.pins = -1, 0
+      node.block = -1
     self.evictions += self.used
     self._reset()
 
@@ -190,8 +166,7 @@ class PrefixTree:
         f'{self.query_tokens}'
       )
     for salt, root in self._roots.items():
-      books = root.key, root.parent, root.block, root.depth, root.pins
-      if books != ((salt,), None, -1, -1, 0):
+      if (root.key, root.parent, root.block, root.depth) != ((salt,), None, -1, -1):
         faults.append('a root is not what its salt says')
       if not root.children:
         faults.append('a root has no nodes after it')
@@ -199,10 +174,10 @@ class PrefixTree:
       faults += self._check_node(node)
     # A parent is marked as used right after its child, so it follows all its children in the order
     # of use.
-    order: dict[Node | None, int] = {node: i for i, node in enumerate(self._unpinned)}
-    if order.keys() != {node for node in nodes if not node.pins}:
-      faults.append(f'{len(order)} nodes in the order of use are not those without a pin')
-    for node in self._unpinned:
+    order: dict[Node | None, int] = {node: i for i, node in enumerate(self._order)}
+    if order.keys() != set(nodes):
+      faults.append(f'{len(order)} nodes in the order of use are not the {len(nodes)} of the tree')
+    for node in self._order:
       if order.get(node.parent, len(order)) <= order[node]:
         faults.append(f'the node of block {node.block} was used after its parent')
     return faults
@@ -215,8 +190,6 @@ class PrefixTree:
       faults.append(f'{what} is not among the children of its parent')
     elif node.depth != node.parent.depth + 1:
       faults.append(f'{what} has depth {node.depth}, its parent {node.parent.depth}')
-    if node.pins < sum(child.pins for child in node.children.values()):
-      faults.append(f'{what} has fewer pins than the nodes after it')
     return faults
 
   def _nodes(self) -> Iterator[Node]:
@@ -243,27 +216,16 @@ class PrefixTree:
   def _use(self, node: Node) -> None:
     """Mark a node, then its ancestors, as the most recently used."""
     for each in node.path():
-      if not each.pins:
-        self._unpinned.move_to_end(each)
-
-  def _pin(self, node: Node) -> None:
-    for each in node.path():
-      self._unpinned.pop(each, None)
-      each.pins += 1
-
-  def _unpin(self, node: Node) -> None:
-    for each in node.path():
-      each.pins -= 1
-      if not each.pins:
-        self._unpinned[each] = None
+      self._order[each] = None
+      self._order.move_to_end(each)
 
   def _take_block(self) -> int | None:
     """Return a free block, evicting the least recently used leaf if need be; None without one."""
     if self._free:
       return self._free.pop()
-    if not self._unpinned:
+    if not self._order:
       return None
-    node, _ = self._unpinned.popitem(last=False)
+    node, _ = self._order.popitem(last=False)
     block, node.block = node.block, -1
     parent = node.parent
     assert parent is not None and not node.children

@@ -108,13 +108,15 @@ class RowAdapters:
   def output_terms(
     self, y: Float[Array, 'b t rows'], w: BlockPartWeights, split: Axes = ()
   ) -> Float[Array, 'b t e'] | None:
-    """Return the terms of an output product, partial sums as the product; None if there are none.
+    """Return the terms that adapters add to an output product; None if no adapter has any.
+
+    Like the product, the terms are partial sums over this shard's rows of w_out.
 
     Args:
       y: Factor of the output product.
       w: This shard's weights.
       split: Axes that split the product's features, beyond those that split the columns of w_out.
-        Then the terms are summed.
+        Inner products [b, t, ranks] are summed over these axes.
     """
     total, first = None, 0
     for part in self.out_parts:

@@ -44,9 +44,14 @@ class KVCache:
     return positions_of(self.keys)
 
   def by_layer(self, read: int | None = None) -> Any:
-    """Return the arguments of `context` for all layers: arrays [L, ..], or a tuple for each layer.
+    """Return what a loop over the layers passes to `context`.
 
-    With `read`, attention reads only the first `read` positions.
+    Args:
+      read: Number of positions that attention reads; None: all.
+
+    Returns:
+      The layers' own arrays: a tuple for each layer, or stacked [L, ..]. Stacked arrays of which
+      attention reads only a part stay out of the loop, which then runs over layer indices [L].
     """
     if isinstance(self.keys, tuple) and isinstance(self.values, tuple):
       return tuple(zip(self.keys, self.values))
@@ -62,7 +67,7 @@ class KVCache:
 
 
 def layer_indices(stacked: LayersKV) -> Int[Array, ' L']:
-  """Return the index of each layer of stacked keys or values."""
+  """Return 0, 1, ... L - 1, where L is the number of layers of stacked keys or values."""
   return jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
 
 

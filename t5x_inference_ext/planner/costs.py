@@ -2,13 +2,13 @@
 
 The formulas are those of the paper's sections 2 and 3.
 
-Nothing overlaps, with one exception: the authors' program passes weights through all chips during
-the matmuls (section 3.5), because gathering does not depend on activations. Only the time by which
-gathering exceeds the matmuls is counted. Gathering over some axes alone (wg_x, wg_xy) was never
-measured. It is priced by the worse of the two known programs, one link and no overlap, so that no
-such layout is chosen for a gain that nobody has seen. In the convention 'compiled' it is the
-loading of weights from HBM that overlaps with matmuls: the TPU compiler prefetches them, and
-overlaps nothing with a gather of weights.
+The parts do not overlap, with one exception for each convention (see network.py):
+
+  paper     Gathering of weights overlaps with the matmuls (section 3.5). Only the time by which
+            gathering takes longer is counted.
+  torus     Gathering over all chips (wg_xyz) overlaps as in 'paper'. Nobody has published times of
+            gathering over some axes (wg_x, wg_xy): it is priced cautiously, without overlap.
+  compiled  Loading of weights from HBM overlaps with the matmuls: the TPU compiler prefetches them.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ _SHARE = {
   'network': 'network',
   'host': None,
 }
-# Convention -> the share that elementwise operations take of what the TPU compiler estimates.
-# Measured programs take 0.3 (precompile/calibration.py). The paper's model leaves them out.
+# Convention -> factor on the TPU compiler's estimate of the time of elementwise operations.
+# Programs measured on a TPU took 0.3 of it (precompile/calibration.py). The paper has none.
 _ELEMENTWISE = {'torus': 0.3, 'compiled': 1.0, 'paper': 0.0}
 
 

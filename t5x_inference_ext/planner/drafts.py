@@ -1,8 +1,9 @@
-"""Where drafts pay: the time of a decode step that checks some tokens of each row, by the model.
+"""Predicts when speculative decoding pays: the time of decode steps that check draft tokens.
 
-A step that checks K tokens of each row's draft is one pass over K + 1 positions of each, with
-logits of all of them. If each draft token is right with probability a, given that those before it
-are, the step gives a row 1 + a + ... + a^K tokens. The time of making drafts is not included.
+A step that checks K draft tokens of each row is one pass over K + 1 positions of each row, with
+logits at every position. If a draft token is right with probability a whenever all earlier tokens
+of the draft are, a step gives a row 1 + a + ... + a^K tokens on average. The time of making drafts
+is not included.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from t5x_inference_ext.planner.text import table, wrap
 from t5x_inference_ext.speculation import MOST_DRAFT
 from t5x_inference_ext.text_format import milliseconds
 
-# Probabilities that a draft token is right, of the table's last columns.
+# Probabilities that a draft token is right: the last columns of the table.
 ACCEPTANCES = (0.5, 0.65, 0.8, 0.9)
 
 
@@ -25,9 +26,9 @@ class CheckingStep:
   """A decode step that checks drafts, beside a plain one.
 
   Attributes:
-    width: K, the tokens of each row's draft.
+    width: K, the number of draft tokens of each row.
     cost: Cost of the step.
-    plain: Seconds of a plain step.
+    plain: Seconds of a decode step without drafts.
   """
 
   width: int
@@ -36,12 +37,12 @@ class CheckingStep:
 
   @property
   def times(self) -> float:
-    """Time of the step, in plain steps."""
+    """Time of the step divided by the time of a step without drafts."""
     return self.cost.seconds / self.plain
 
   @functools.cached_property
   def break_even(self) -> float | None:
-    """Acceptance of a draft token from which on the step gains; None if it never does."""
+    """Lowest probability of a right draft token at which the step pays; None: it never pays."""
     if self.times >= self.width + 1:
       return None
     low, high = 0.0, 1.0
@@ -53,12 +54,12 @@ class CheckingStep:
     return high
 
   def seconds_per_token(self, acceptance: float) -> float:
-    """Return the seconds for each token of a row, where draft tokens are right so often."""
+    """Return seconds per token of a row if a draft token is right with this probability."""
     return self.cost.seconds / tokens_of_step(acceptance, self.width)
 
 
 def tokens_of_step(acceptance: float, width: int) -> float:
-  """Return the mean tokens that a row gets from a step that checks `width` draft tokens."""
+  """Return the mean number of tokens that a row gets from a step that checks `width` drafts."""
   return sum(acceptance**i for i in range(width + 1))
 
 

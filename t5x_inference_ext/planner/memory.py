@@ -73,9 +73,10 @@ def weight_bytes(case: PassCase) -> int:
 def _working_bytes(case: PassCase) -> float:
   """Estimate the bytes of temporaries at the point of a pass where they are largest.
 
-  In a layer these are the residual stream and its sum; the MLP's columns (gate and linear in one),
-  or the queries; attention's logits, as many as are computed at once; and the largest gathered
-  matrix. After the last layer they are the logits of each row's last position.
+  Inside a layer, the temporaries are: the residual stream, before and after an addition; the MLP's
+  columns (gate times linear) or the queries, whichever are larger; the attention logits that are
+  computed at once; the largest gathered matrix. After the last layer they are the logits of each
+  row's last position. The larger of the two sums is returned.
   """
   c, p = case.config, case.sharding
   tokens = case.batch * case.padded / case.size(case.layout.gathered_axes)

@@ -74,8 +74,8 @@ class ServiceStudy:
     Of equally cheap services, return the one with less time between tokens. None: none meets them.
     """
     meeting = [run for run in self.runs if run.rate == rate and run.meets]
-    # Idle time counts, so with equally many chips only the time of the last token makes a
-    # difference.
+    # A service pays for its chips until its last token, idle time included. Services with equally
+    # many chips serve the same requests in about the same time, so they cost about the same.
     return min(
       meeting, key=lambda run: (run.candidate.machine.chips, run.service.between.p95), default=None
     )

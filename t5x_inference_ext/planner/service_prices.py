@@ -40,7 +40,7 @@ class PlannedPrices:
     return cache_bytes(case, 1) / rows
 
   def seconds(self, program: str, **sizes: int) -> float:
-    """Return the seconds of a program; for decode_steps, of one step."""
+    """Return the seconds that a program takes; `decode_steps` counts one step of it."""
     page = self._config.page_size
     if program == 'prefill_chunk':
       return self._pass('prefill', sizes['tokens'], sizes['tokens'] + sizes['read'])

@@ -4,15 +4,16 @@ Two published programs were compiled unchanged, and their times estimated. Compa
 published measured times gave a factor for each category of operations:
 
   v4    The layer of Pope et al. (2022), rebuilt operation by operation: nine cases of PaLM 62B and
-        540B, prefill and decode (their Table 2 and appendix C). Estimates of products are right;
-        collectives take about 3 us each in addition to theirs; copies and elementwise operations
-        take a quarter to a third of theirs. Five numbers are fitted to nine cases, with errors of
-        -8 to +5%; predicted from the other eight, each case has an error of -10 to +12%.
+        540B, prefill and decode (their Table 2 and appendix C). Products take their estimated
+        time; a collective takes about 3 us more than estimated; copies and elementwise operations
+        take a quarter to a third of the estimate. Five numbers are fitted to nine cases, with
+        errors of -8 to +5%; predicted from the other eight, each case has an error of -10 to +12%.
   v5e   Llama 3.1 70B of jax-llm-examples (llama3/README.md: 6.29 to 25.4 ms a step on 16 chips), a
-        profile of one layer, and gathers measured in "How to Scale Your Model". Products of few
-        rows with prefetched weights take two thirds of their estimates, operations below 2.1 us
-        three tenths, collectives of 4 chips 1.2 times (megabytes) to 1.5 times (below 200 kB).
-        The errors in seven published cases are -6 to +12%.
+        profile of one layer, and gathers measured in "How to Scale Your Model". Measured
+        times as a share of the estimate: products of few rows with prefetched weights, two
+        thirds; operations below 2.1 us, three tenths; collectives of 4 chips, 1.2 times
+        (megabytes) to 1.5 times (below 200 kB). The errors in seven published cases are -6 to
+        +12%.
 
 The factors do not cover prefetches in unrolled programs, collectives of 32 chips, or the host. No
 measurements are known for v5p and v6e: they have no calibrated time.

@@ -10,7 +10,7 @@ A block part's arrays (model/weights.py, `BlockPartWeights.adapters`) are named:
   in_a, in_owners       of all input matrices, in the order of columns.input_parts
   in_b/PART             of one part; PART is its first matrix
   out_a/PART, out_b/PART, out_owners/PART    of one part of columns.output_parts
-  scaling/MATRIX        [1 + adapters, columns]: factors by adapter; row 0, ones, is no adapter's
+  scaling/MATRIX        [1 + adapters, columns]: factors by adapter; row 0, for none, is ones
 """
 
 from jax.sharding import PartitionSpec as P

@@ -43,7 +43,7 @@ class Prices(Protocol):
   """Interface: the time of each program."""
 
   def seconds(self, program: str, **sizes: int) -> float:
-    """Return the seconds of a program of PROGRAMS; for decode_steps, of one step."""
+    """Return the seconds that a program of PROGRAMS takes; `decode_steps` counts one step of it."""
 
 
 class NoTime:

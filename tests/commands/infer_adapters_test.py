@@ -8,6 +8,8 @@ import pytest
 from t5x_inference_ext.engine.engine import Engine
 from tests.commands.infer_public_test import command, smollm2
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
+
 __all__ = ['command', 'smollm2']
 IDS = [17, 90, 4, 61, 33]
 

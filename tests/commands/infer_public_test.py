@@ -11,6 +11,8 @@ from t5x_inference_ext.commands import infer
 from t5x_inference_ext.runs import loading
 from tests.text import vocabularies
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
+
 IDS = [17, 90, 4, 61, 33]
 
 

@@ -19,6 +19,8 @@ from t5x_inference_ext.runs import loading, memory, prompts_file
 from t5x_inference_ext.text import settings as text_settings
 from tests.text import vocabularies
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
+
 FLAGS = ('--dtype=float32', '--max_new_tokens=48')
 
 

@@ -8,6 +8,7 @@ import re
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from t5x_inference_ext.engine import selection
 from t5x_inference_ext.engine.engine import Engine
@@ -19,6 +20,8 @@ from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.text.grammar import Grammar
 from tests import memory, reference
 from tests.text.vocabularies import Characters
+
+pytestmark = pytest.mark.usefixtures('quick_programs')
 
 CONFIG = memory.ODD
 TENSORS = reference.random_tensors(CONFIG, seed=1)

@@ -14,11 +14,10 @@ class Naive:
 
   Attributes:
     blocks: (salt, beginning of whole blocks) -> time of last use.
-    pins: As many times (salt, beginning) as it is pinned.
   """
 
   def __init__(self, blocks):
-    self.size, self.blocks, self.pins, self.time = blocks, {}, [], 0
+    self.size, self.blocks, self.time = blocks, {}, 0
 
   def _use(self, salt, beginning):
     """A parent is used after its children."""
@@ -39,10 +38,8 @@ class Naive:
 
   def _evict(self, spared):
     def may_go(key):
-      salt, beginning = key
-      return not any(
-        s == salt and b[: len(beginning)] == beginning for s, b in [*self.pins, spared]
-      )
+      (salt, beginning), (spared_salt, begins) = key, spared
+      return salt != spared_salt or begins[: len(beginning)] != beginning
 
     candidates = [key for key in self.blocks if may_go(key)]
     if candidates:
@@ -58,10 +55,6 @@ class Naive:
       self.blocks[salt, tokens[:end]] = 0
     self._use(salt, tokens[:end])
     return [tokens[i : i + P] for i in range(start, end, P)]
-
-  def unpin(self, pinned):
-    self.pins.remove(pinned)
-    self._use(*pinned)
 
 
 def contents(tree):
@@ -86,23 +79,18 @@ def beginning(node):
 def test_random_operations(seed):
   rng = random.Random(seed)
   size = rng.choice((0, 1, 3, 8, 20))
-  tree, naive, held, counts = PrefixTree(size, P), Naive(size), [], [0] * 6
+  tree, naive, counts = PrefixTree(size, P), Naive(size), [0] * 6
   evicted = 0
   for _ in range(400):
     tokens = tuple(rng.choices(range(2), k=rng.randrange(12)))
     salt = rng.choice(((), 'tenant', 7))
-    operation = rng.choice(('match', 'extend', 'pin', 'unpin'))
-    if operation in ('match', 'pin'):
+    if rng.random() < 0.5:
       path, wanted = tree.match(tokens, salt), naive.match(tokens, salt)
       assert [n.key for n in path] == [wanted[i : i + P] for i in range(0, len(wanted), P)]
       assert [n.depth for n in path] == list(range(len(path)))
       added = (1, bool(path), len(tokens), len(wanted), 0, 0)
       counts = [a + b for a, b in zip(counts, added)]
-      if operation == 'pin' and path and len(held) < 3:
-        tree.pin(path[-1])
-        held.append((path[-1], (salt, wanted)))
-        naive.pins.append((salt, wanted))
-    elif operation == 'extend':
+    else:
       before = contents(tree)
       made, wanted = tree.extend(tokens, salt), naive.extend(tokens, salt)
       assert [n.key for n in made] == wanted
@@ -114,11 +102,6 @@ def test_random_operations(seed):
       evicted += gone
       counts[4] += len(made)
       counts[5] += gone
-    elif held:
-      node, pinned = held.pop(rng.randrange(len(held)))
-      assert beginning(node) == pinned[1]
-      tree.unpin(node)
-      naive.unpin(pinned)
     assert tree.check() == []
     found = contents(tree)
     assert found.keys() == naive.blocks.keys()
@@ -131,16 +114,9 @@ def test_random_operations(seed):
       tree.stored,
       tree.evictions,
     ]
-    by_use = sorted(
-      (key for key, block in found.items() if not _pinned(tree, key)), key=naive.blocks.get
-    )
-    assert by_use == [_key_of(tree, node) for node in tree._unpinned]
+    by_use = sorted(found, key=naive.blocks.get)
+    assert by_use == [_key_of(tree, node) for node in tree._order]
   assert evicted > 0 or size in (0, 20)
-
-
-def _pinned(tree, key):
-  salt, tokens = key
-  return tree._find(tokens, salt, len(tokens) // P)[-1].pins > 0
 
 
 def _key_of(tree, node):
@@ -173,43 +149,31 @@ def test_a_prompt_longer_than_the_store_keeps_its_beginning():
   assert len(tree.match((1, 2, 3, 4, 5, 6))) == 2 and tree.check() == []
 
 
-def test_what_is_pinned_stays():
+def test_a_prompt_s_own_beginning_is_not_evicted_for_its_end():
   tree = PrefixTree(2, P)
-  _, last = tree.extend((1, 2, 3, 4))
-  tree.pin(last)
-  tree.pin(last)
-  assert tree.extend((5, 6)) == []
-  tree.unpin(last)
-  assert tree.extend((5, 6)) == [] and tree.check() == []
-  tree.unpin(last)
-  assert [n.block for n in tree.extend((5, 6))] == [1]
-  with pytest.raises(ValueError, match='not pinned'):
-    tree.unpin(last)
-  with pytest.raises(ValueError, match='no longer in the tree'):
-    tree.pin(last)
+  tree.extend((1, 2))
+  tree.extend((5, 6))
+  assert [(n.depth, n.block) for n in tree.extend((1, 2, 3, 4, 5, 6))] == [(1, 1)]
+  assert len(tree.match((1, 2, 3, 4, 5))) == 2 and tree.check() == []
 
 
-def test_clear_forgets_pinned_beginnings_too():
+def test_clear_forgets_all_beginnings():
   tree = PrefixTree(3, P)
   first, last = tree.extend((1, 2, 3, 4), 'tenant')
-  tree.pin(last)
   tree.clear()
   assert tree.match((1, 2, 3, 4, 5), 'tenant') == [] and tree.used == 0 and tree.check() == []
-  for node in (first, last):
-    with pytest.raises(ValueError, match='not pinned'):
-      tree.unpin(node)
+  assert first.block == last.block == -1 and tree.evictions == 2
   assert len(tree.extend((1, 2, 3, 4, 5, 6))) == 3 and tree.check() == []
 
 
 def _break(what):
-  """Return a tree of (1, 2) -> (3, 4), (5, 6) pinned, and (7, 7), with one broken book."""
+  """Return a tree of (1, 2) -> (3, 4), (5, 6), and (7, 7), with one broken book."""
   tree = PrefixTree(6, P)
   first, second = tree.extend((1, 2, 3, 4))
-  (pinned,) = tree.extend((1, 2, 5, 6))
+  tree.extend((1, 2, 5, 6))
   (other,) = tree.extend((7, 7), 'tenant')
-  tree.pin(pinned)
   assert tree.check() == []
-  what(tree, first, second, pinned, other)
+  what(tree, first, second, other)
   return tree
 
 
@@ -219,7 +183,7 @@ BROKEN = {
   'two owners': lambda t, first, second, *_: setattr(second, 'block', first.block),
   'an unknown block': lambda t, first, *_: setattr(first, 'block', 6),
   'a node unreachable': lambda t, first, second, *_: first.children.pop(second.key),
-  'a wrong parent': lambda t, first, second, pinned, other: setattr(second, 'parent', other),
+  'a wrong parent': lambda t, first, second, other: setattr(second, 'parent', other),
   'no parent': lambda t, first, second, *_: setattr(second, 'parent', None),
   'a wrong depth': lambda t, first, second, *_: setattr(second, 'depth', 0),
   'a wrong key': lambda t, first, second, *_: setattr(second, 'key', (3, 9)),
@@ -227,18 +191,12 @@ BROKEN = {
     setattr(second, 'key', (3,)),
     first.children.update({(3,): first.children.pop((3, 4))}),
   ),
-  'a pin too few': lambda t, first, *_: (
-    setattr(first, 'pins', 0),
-    t._unpinned.update({first: None}),
-  ),
-  'a pin unknown to the order': lambda t, first, second, *_: setattr(second, 'pins', 1),
-  'a node out of the order': lambda t, first, second, *_: t._unpinned.pop(second),
-  'an evicted node in the order': lambda t, first, second, *_: t._unpinned.update(
+  'a node out of the order': lambda t, first, second, *_: t._order.pop(second),
+  'an evicted node in the order': lambda t, first, second, *_: t._order.update(
     {PrefixTree(1, P).extend((1, 2))[0]: None}
   ),
   'an empty root': lambda t, *_: t._roots['tenant'].children.clear(),
   'a root of another salt': lambda t, *_: t._roots.update(other=t._roots.pop('tenant')),
-  'a pinned root': lambda t, *_: setattr(t._roots['tenant'], 'pins', 1),
   'too many hits': lambda t, *_: setattr(t, 'hits', 1),
   'too many tokens hit': lambda t, *_: setattr(t, 'hit_tokens', 1),
   'too few evictions': lambda t, *_: setattr(t, 'evictions', 1),
@@ -253,5 +211,5 @@ def test_check_finds_broken_books(what):
 def test_check_finds_a_parent_that_would_go_before_its_child():
   tree = PrefixTree(3, P)
   first, _ = tree.extend((1, 2, 3, 4))
-  tree._unpinned.move_to_end(first, last=False)
+  tree._order.move_to_end(first, last=False)
   assert tree.check() == ['the node of block 1 was used after its parent']

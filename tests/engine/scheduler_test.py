@@ -22,6 +22,8 @@ from t5x_inference_ext.text.vocabulary import ByteVocabulary
 from tests import memory, reference
 from tests.text.vocabularies import Characters
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
+
 CONFIG = memory.ODD
 TENSORS = reference.random_tensors(CONFIG, seed=1)
 BLOCK = 32 * CONFIG.num_layers * 2 * CONFIG.d_head * 4 + 1  # float32 of one key head, and a flag

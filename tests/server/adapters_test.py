@@ -11,6 +11,8 @@ from t5x_inference_ext.server.options import ServerOptions
 from t5x_inference_ext.text.settings import unknown_vocabulary
 from tests.server.running import client, running
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
+
 IDS = [17, 90, 4, 61, 33]
 OPTIONS = ServerOptions(port=0, model_name='base', max_length=64)
 

@@ -24,6 +24,8 @@ from t5x_inference_ext.text.grammar import Grammar
 from t5x_inference_ext.text.settings import assumed_settings
 from tests.server.running import client, events_of, running, until
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
+
 NAME = 'palm_tiny'
 MAX_LENGTH = 256
 TEMPLATE = (

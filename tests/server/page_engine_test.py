@@ -17,6 +17,8 @@ browser.require()
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
+
 OPTIONS = ServerOptions(port=0, model_name='palm_tiny', max_length=64, api_key='secret')
 
 

@@ -143,7 +143,10 @@ def _terms(
 
 
 def _factors(adapters: Sequence[Adapter], name: str, layers: int) -> Floats:
-  """Return the factors of columns by adapter, [L, 1 + adapters, columns]; ones are no adapter's."""
+  """Return the factors of columns by adapter, [L, 1 + adapters, columns].
+
+  Row 0 is for no adapter: all ones.
+  """
   known = {i: each.scaling[name] for i, each in enumerate(adapters, 1) if name in each.scaling}
   width = next(iter(known.values())).shape[1]
   out = np.ones((layers, 1 + len(adapters), width), np.float32)

@@ -110,7 +110,14 @@ class RawArray:
   def _by_chunk(
     self, pieces: list[tuple[Bounds, np.ndarray]]
   ) -> dict[int, list[files.IndexedValues]]:
-    """Cut pairs (bounds, values) at chunks: chunk's index -> pairs (index in chunk, values)."""
+    """Cut values at the borders of chunks.
+
+    Args:
+      pieces: Pairs (bounds in the array, values).
+
+    Returns:
+      Index of a chunk -> its pairs (index inside the chunk, values).
+    """
     by_chunk: dict[int, list[files.IndexedValues]] = {}
     for bounds, values in pieces:
       for number, inside in self.overlaps(bounds):

@@ -129,7 +129,7 @@ class SliceWork:
     self._maxima: dict[str, np.ndarray] = {}  # max|w| [layers, columns], by tensor
     self._squares: dict[str, np.ndarray] = {}  # [candidate scales, layers, columns], by scale
     self._scales: dict[str, np.ndarray] = {}  # [layers, columns], by scale
-    self._dtypes: dict[str, np.dtype] = {}  # of the matrices written, by scale
+    self._dtypes: dict[str, np.dtype] = {}  # dtypes to write, by scale
     self._errors: dict[int, dict[str, RoundingError]] = {}  # by block number, then by tensor
     self._sums = WrittenSums(context)
 

@@ -277,9 +277,8 @@ class WorkDirectory:
         try:
           os.rmdir(self.root)
         except OSError as e:
-          if (
-            e.errno != errno.ENOTEMPTY
-          ):  # another shard has made its lock file, to see whether it is the last shard
+          # ENOTEMPTY: another shard has just made its lock file here; try again.
+          if e.errno != errno.ENOTEMPTY:
             raise
 
 

@@ -1,4 +1,4 @@
-"""The names that a model's source has for its matrices, which adapters made for the source use."""
+"""Maps the names of a public model's matrices, which its adapters use, to canonical tensors."""
 
 from collections.abc import Mapping
 import dataclasses

@@ -117,7 +117,7 @@ class Settings:
     return value
 
   def cap(self, name: str, default: float | None) -> float | None:
-    """Return a number above 0, or None if the setting is null."""
+    """Return a setting that is a number above 0, or None if it is null."""
     return None if self.is_null(name) else self.number(name, default=default)
 
   def flag(self, name: str, default: Any = REQUIRED) -> bool:
