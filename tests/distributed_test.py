@@ -17,6 +17,8 @@ from t5x_inference_ext.errors import RequestError
 from tests import distributed_program, processes
 from tests.commands import infer_task_test
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
+
 
 def _rows(path):
   return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]

@@ -95,6 +95,8 @@ def greedy(config: ModelConfig, tensors: dict[str, np.ndarray], rows: int, steps
 # jax.jit without optimizations, which take three quarters of compile time; the partitioned program
 # is the same.
 QUICK_OPTIONS = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
+# For all programs of a process that a test starts, in its XLA_FLAGS.
+QUICK_FLAGS = ' '.join(f'--{name}={str(value).lower()}' for name, value in QUICK_OPTIONS.items())
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK_OPTIONS)
 prefill = quick_jit(Model.prefill, static_argnames=('self', 'size'))
 decode_step = quick_jit(Model.decode_step, static_argnames='self')

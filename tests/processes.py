@@ -11,6 +11,8 @@ import tempfile
 import time
 from typing import NamedTuple
 
+from tests import memory
+
 COUNT = 2
 TIMEOUT_SECONDS = 240
 
@@ -50,7 +52,7 @@ def run(
   port = free_port()
   env = {
     **os.environ,
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={8 // COUNT}',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={8 // COUNT} {memory.QUICK_FLAGS}',
     'JAX_DEFAULT_MATMUL_PRECISION': 'highest',
     **environment,
   }

@@ -30,9 +30,10 @@ PALM: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Conventions:
-  """The conventions that one source states. None for those that it does not state.
+  """Properties of a model that its weights do not show, as one source states them.
 
-  All except rescale_logits are fields of ModelConfig. The help texts explain them.
+  A source is a file, or the user's options. None: the source does not state this property. All
+  fields except rescale_logits are fields of ModelConfig. The help texts explain them.
 
   Raises:
     RequestError: A value is of the wrong type, or not one of the choices.

@@ -10,10 +10,10 @@ from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.serving_tensor import PackedTensorRows, ServingTensor
 
-# What an identity covers, besides the model's shape and the dtype of its matrices:
+# Every identity covers the model's shape and the dtype of its matrices, and one of these:
 #   chunks: the recorded checksum of every chunk of a serving checkpoint, and so every value.
-#   norms: the values of all norm scales. Training changes them, but merging an adapter into the
-#     matrices does not: the identity then stays that of the original weights.
+#   norms: the values of all norm scales. Training changes them. Merging an adapter into the
+#     matrices does not, so merged weights have the identity of the original ones.
 COVERS = ('chunks', 'norms')
 
 

@@ -121,7 +121,7 @@ class PrefixTree:
     # While the root has no children, an eviction may have removed it. Enter it again.
     root = self._roots.get(salt) or Node((salt,), None, -1, -1)
     last = path[-1] if path else root
-    # Eviction takes nodes from the order of use. The parents of the new nodes leave it meanwhile.
+    # Eviction takes nodes from the order of use. It must spare the parents of the new nodes.
     for node in last.path():
       del self._order[node]
     made: list[Node] = []

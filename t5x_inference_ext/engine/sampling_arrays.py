@@ -89,9 +89,7 @@ class SamplingArrays:
   features: SamplingFeatures | None = dataclasses.field(metadata=dict(static=True))
 
 
-def stack_params(
-  rows: Sequence[SamplingParams], vocab_size: int, like: Sequence[SamplingParams] = ()
-) -> SamplingArrays:
+def stack_params(rows: Sequence[SamplingParams], vocab_size: int) -> SamplingArrays:
   """Return the sampling parameters of a static batch's rows, as numpy arrays.
 
   Widths are powers of two, and features are those of these rows: batches of similar parameters
@@ -100,13 +98,12 @@ def stack_params(
   Args:
     rows: Parameters of each row.
     vocab_size: V.
-    like: Other parameters that the widths and features must also cover.
 
   Raises:
     RequestError: A logit_bias or stop sequence with ids outside the vocabulary, or a logit_bias
       that forbids every token.
   """
-  every = {*rows, *like}
+  every = {*rows}
   for params in every:
     _check(params, vocab_size)
   longest = max((len(sequence) for p in every for sequence in p.stop), default=0)

@@ -57,8 +57,9 @@ class PassCase:
       the pass.
     weights: 'int8', 'int4' or 'bfloat16'.
     cache: 'int8' or 'bfloat16'. Dtype of keys and values.
-    least_padded: Positions of each row that the pass runs at least. Those beyond `length` are
-      empty, on the right, where no token attends to them; a few may let the mesh split the tokens.
+    least_padded: Least number of positions of each row that the pass runs. Positions beyond
+      `length` are padding on the right, to which no token attends. They may let the mesh split the
+      tokens.
 
   Raises:
     RequestError: A number or dtype is out of its range.

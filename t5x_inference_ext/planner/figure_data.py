@@ -3,7 +3,6 @@
 They reproduce the paper's Figure 3 and Table 1 for any model and slice.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import math
 
@@ -34,9 +33,7 @@ def feedforward_bytes(config: ModelConfig, mesh: Mesh, feedforward: str, tokens:
   )
 
 
-def switch_points(
-  config: ModelConfig, mesh: Mesh, feedforward: Sequence[str] = FEEDFORWARD_LAYOUTS
-) -> list[tuple[float, str, str]]:
+def switch_points(config: ModelConfig, mesh: Mesh) -> list[tuple[float, str, str]]:
   """Return (tokens, layout below, layout above) for each number of tokens where the best changes.
 
   The best layout sends the fewest bytes. A layout's bytes are a line in the number of tokens:
@@ -44,7 +41,7 @@ def switch_points(
   """
   step = math.prod(mesh)
   lines = {}
-  for name in feedforward:
+  for name in FEEDFORWARD_LAYOUTS:
     low, high = (feedforward_bytes(config, mesh, name, n) for n in (step, 2 * step))
     lines[name] = 2 * low - high, (high - low) / step  # (bytes of weights, bytes per token)
   points: list[tuple[float, str, str]] = []

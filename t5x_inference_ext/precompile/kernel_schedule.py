@@ -87,7 +87,8 @@ def _compiled_schedules(
 def read_schedules(directory: pathlib.Path) -> dict[str, KernelSchedule]:
   """Return the schedule of each instruction whose bundles are in a directory, by its name.
 
-  Names lose their number. Of several instructions with one name, the longest schedule is taken.
+  Names are without their number. If several instructions then have one name, the longest schedule
+  is taken.
   """
   found: dict[str, KernelSchedule] = {}
   for path in directory.iterdir():

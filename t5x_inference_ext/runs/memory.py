@@ -44,9 +44,9 @@ def held_memory(
 def check_fits(options: InferOptions, model: OpenModel, rows: int, positions: int) -> None:
   """Raise RequestError if weights and cache need more than the memory of all devices.
 
-  Those of a draft model count, too. A run that passes may still not fit beside activations; the
-  device then raises an error. On a CPU there is no such error: without this check, the system would
-  kill the process.
+  Weights and cache of a draft model count, too. Activations do not: a run that passes may still
+  need too much, and the device then raises an error. On a CPU there is no such error: without this
+  check, the system would kill the process.
 
   Args:
     options: Options of the run.

@@ -121,7 +121,7 @@ class ClockExecutor:
   def decode_logits(
     self, pages: SlotPages, alive: np.ndarray, read: int, read_shared: int, adapters: np.ndarray
   ) -> tuple[int, int]:
-    """Return the sizes of a step; `choose_masked` then advances the clock by the whole step."""
+    """Return (read, read_shared) in place of logits, for `choose_masked`, which takes the time."""
     del pages, alive, adapters
     return read, read_shared
 

@@ -12,6 +12,8 @@ from t5x_inference_ext.commands import infer
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.runs import loading
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
+
 GIN_FILE = '--gin_file=t5x_inference_ext/configs/runs/infer.gin'
 MODULE = """
 import json

@@ -16,6 +16,7 @@ import pytest
 from t5x_inference_ext.checkpoints.conventions import CONVENTION_NAMES
 from t5x_inference_ext.commands import cli, serve
 from t5x_inference_ext.server import launch
+from tests import memory
 
 GIN = '--gin_file=t5x_inference_ext/configs/runs/serve.gin'
 
@@ -103,7 +104,7 @@ def test_from_start_to_end(palm_tiny, repository, tmp_path):
       stdout=subprocess.PIPE,
       stderr=stderr,
       text=True,
-      env={**os.environ, 'XLA_FLAGS': ''},
+      env={**os.environ, 'XLA_FLAGS': memory.QUICK_FLAGS},
     )
   try:
     said = [process.stdout.readline()]

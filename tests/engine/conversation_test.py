@@ -11,6 +11,8 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
 from tests import memory, reference
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
+
 TENSORS = reference.random_tensors(memory.ODD, seed=1)
 SAMPLER = SamplingParams(1.0, top_k=40, repetition_penalty=1.2)
 

@@ -8,8 +8,11 @@ import pytest
 
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.inputs import check_generation
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import MeshError, RequestError
+
+pytestmark = pytest.mark.usefixtures('quick_programs')
 
 PROMPTS = [[103, 104, 105], [108]]
 
@@ -51,6 +54,11 @@ def test_a_full_cache_is_enough(engine):
 
 def test_padded_batch_is_accepted(engine):
   assert [engine.model.padded_batch(n) for n in (1, 2, 3, 5)] == [1, 2, 4, 6]
+
+
+def test_the_least_that_a_request_can_ask_for():
+  """One new token after BOS alone, which takes a single position."""
+  check_generation([[]], 384, limits=[1], cache_size=1, prompt_size=0, max_length=1)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from t5x_inference_ext.text.grammar import Grammar
 from t5x_inference_ext.text.vocabulary import ByteVocabulary
 from tests.text import vocabularies
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
+
 SCHEMA = {
   'type': 'object',
   'properties': {

@@ -10,6 +10,8 @@ from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from tests import memory, reference
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
+
 CONFIG = memory.ODD
 VOCAB_SIZE = CONFIG.vocab_size
 MAX_LENGTH, CHUNK, TOP = 96, 20, 4  # chunks are no multiple of the devices, nor divide max_length

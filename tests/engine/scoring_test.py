@@ -9,6 +9,8 @@ import pytest
 from t5x_inference_ext.engine import length_buckets
 from tests import memory, reference
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
+
 CONFIG = memory.ODD
 TENSORS = reference.random_tensors(CONFIG)
 LENGTH = 13

@@ -23,6 +23,7 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import make_mesh
+from tests import memory
 
 VOCABULARY, ROWS, STEPS, LIMIT = 700, 8, 12, 10
 TABLE = np.random.default_rng(8).normal(size=(VOCABULARY, VOCABULARY)).astype(np.float32) * 1.5
@@ -46,7 +47,7 @@ def random_params(random):
   )
 
 
-@jax.jit
+@memory.quick_jit
 def generate(rows, state, last, lengths, table):
   """Tokens [N, B] of a model whose logits are a row of a table, by the last token."""
 
@@ -60,8 +61,8 @@ def generate(rows, state, last, lengths, table):
   return state, chosen
 
 
-start = jax.jit(initial_state, static_argnames='vocab_size')
-step = jax.jit(advance)
+start = memory.quick_jit(initial_state, static_argnames='vocab_size')
+step = memory.quick_jit(advance)
 
 
 def last_tokens(prompts, lengths):

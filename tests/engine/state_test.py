@@ -138,16 +138,21 @@ def test_log_probabilities_of_the_chosen_and_of_the_most_likely():
   np.testing.assert_allclose(chosen.top_log_probs, np.tile(own[order], (3, 1)), atol=1e-6)
 
 
-def test_arrays_are_as_wide_as_asked():
-  """So that batches of other options share a compilation."""
+def test_arrays_are_as_wide_as_the_widest_row():
+  """So that batches of similar options share a compilation."""
   most = SamplingParams(
     1.0, top_k=9, logit_bias=((1, 1.0),), stop=((1, 2), (3,)), presence_penalty=1.0
   )
-  one, other = (
-    stack_params(rows, VOCABULARY, like=[most]) for rows in ([SamplingParams()], [most])
-  )
+  one, other = (stack_params(rows, VOCABULARY) for rows in ([SamplingParams(), most], [most, most]))
   assert jax.tree.map(np.shape, one) == jax.tree.map(np.shape, other)
   assert one.features == other.features and one.features.few == ((12, True),)
+
+
+def test_the_longest_stop_sequence_is_cut_off_after_the_least_tokens():
+  sampling = SamplingParams(stop=((5,), (4, 5)), min_new_tokens=2)
+  assert sampling.before_stop([3, 4, 5]) == [3]
+  assert sampling.before_stop([4, 5]) == [4, 5]
+  assert sampling.before_stop([3, 4, 5, 6]) == [3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(

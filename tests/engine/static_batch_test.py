@@ -13,6 +13,8 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
 from tests import memory, reference
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
+
 CONFIG = memory.ODD
 TENSORS = reference.random_tensors(CONFIG, seed=1)
 PROMPTS = [[5, 6, 7], [9], [], [11, 12, 13, 14, 15], [9], [44, 3], [100] * 5, [1, 2]]
@@ -42,7 +44,7 @@ def raw(mesh, *, eos_id, max_new_tokens=NEW, prompts=PROMPTS):
   """generate's own result, padding included."""
   e = engine(mesh)
   tokens, lengths = model_inputs(prompts, 5)
-  run = jax.jit(
+  run = memory.quick_jit(
     generation.generate_batch,
     static_argnames=('model', 'sampling', 'max_new_tokens', 'eos_id', 'cache_size'),
   )

@@ -20,6 +20,8 @@ from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import make_mesh
 from tests import memory, reference
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
+
 TENSORS = {config: reference.random_tensors(config) for config in (memory.ODD, memory.ODDER)}
 LENGTH = 7
 
@@ -126,7 +128,7 @@ def test_an_id_outside_the_vocabulary_embeds_as_zeros(mesh):
   as_last[outside] = 101
   wanted = reference.logits(dataclasses.replace(config, vocab_size=102), wider, as_last)[..., :101]
   engine = memory.engine(config, TENSORS[config], mesh)
-  logits = jax.jit(Model.logits, static_argnums=0)(
+  logits = memory.quick_jit(Model.logits, static_argnums=0)(
     engine.model, engine.weights, *programs.put(engine.model, tokens)
   )
   close(logits, wanted)
@@ -176,7 +178,7 @@ def test_log_probs(mesh, rows, layout):
   wanted = np.take_along_axis(
     np.asarray(jax.nn.log_softmax(expected(config, rows))), targets[..., None], 2
   )[..., 0]
-  found = jax.jit(Model.log_probs, static_argnames='self')(
+  found = memory.quick_jit(Model.log_probs, static_argnames='self')(
     engine.model, engine.weights, *programs.put(engine.model, inputs, targets)
   )
   close(found, wanted)

@@ -20,6 +20,8 @@ from t5x_inference_ext.runs.receipt import TOLD, make_receipt
 from t5x_inference_ext.runs.receipt_file import read_receipt
 from t5x_inference_ext.text.grammar import Grammar
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
+
 SAMPLING = SamplingParams(
   temperature=0.8,
   top_p=0.95,

@@ -10,9 +10,10 @@ import time
 import pytest
 
 from t5x_inference_ext.engine.engine import Engine
-from tests import processes
+from tests import memory, processes
 from tests.server.running import client, until
 
+pytestmark = pytest.mark.usefixtures('quick_programs')
 START_SECONDS = 200
 
 
@@ -22,7 +23,7 @@ def _two(palm_tiny, repository, tmp_path):
   port = processes.free_port()
   env = {
     **os.environ,
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count=1 {memory.QUICK_FLAGS}',
     'JAX_DEFAULT_MATMUL_PRECISION': 'highest',
   }
   running, said = [], tmp_path / 'said0'

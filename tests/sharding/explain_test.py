@@ -1,7 +1,6 @@
 """Explained tensors against the arrays on eight simulated devices, and the text about them."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -28,9 +27,6 @@ MODELS = {
   'grouped': ModelConfig(num_heads=6, num_kv_heads=3, block='serial', norm='layer', **SIZES),
   'multihead': ModelConfig(num_heads=4, num_kv_heads=4, mlp='gelu', **SIZES),
 }
-
-prefill = jax.jit(Model.prefill, static_argnames=('self', 'size'))
-decode_step = functools.partial(jax.jit, static_argnames='self')(Model.decode_step)
 
 
 def setting(
@@ -137,13 +133,13 @@ def test_explained_tensors_are_those_on_the_devices(model, mesh, first, second, 
 
   assert s.rows == run.model.padded_batch(s.batch)
   tokens = memory.tokens(s.config, s.rows, 5)
-  logits, cache = prefill(
+  logits, cache = memory.prefill(
     run.model, run.weights, *programs.put(run.model, tokens, np.full(s.rows, 5, np.int32)), size=9
   )
   check(phase_tensor(e, 0, 'logits'), [logits])
   check_cache(e, cache)
   assert e.cache_bytes == sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(cache))
-  logits, cache = decode_step(
+  logits, cache = memory.decode_step(
     run.model, run.weights, cache, *programs.put(run.model, np.ones(s.rows, np.int32))
   )
   check(phase_tensor(e, 1, 'logits'), [logits])

@@ -36,7 +36,7 @@ from t5x_inference_ext.sharding.columns import column_widths
 from t5x_inference_ext.sharding.layout import FEEDFORWARD, Layout
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh, parse_mesh
 from t5x_inference_ext.sharding.packing import packed_tensors
-from tests import hlo
+from tests import hlo, memory
 
 CACHE = 24  # positions
 
@@ -99,7 +99,7 @@ def by_kind(moves: list[Collective]) -> dict[str, float]:
 
 def compiled(per_shard, mesh, arguments, in_specs, out_specs) -> list[hlo.Collective]:
   """Collectives of a compiled shard_map, whose inputs come sharded as in_specs says."""
-  program = jax.jit(
+  program = memory.quick_jit(
     jax.shard_map(per_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
   )
   return hlo.collectives(program.lower(*_placed(arguments, in_specs, mesh)).compile().as_text())
@@ -470,7 +470,7 @@ def test_a_pass_moves_its_layers_its_lookup_and_its_logits(
     function, arguments = program.logits, (weights, ints(batch, length))
     specs = (program.weight_specs(weights), P())
   found = hlo.collectives(
-    jax.jit(function).lower(*_placed(arguments, specs, devices)).compile().as_text()
+    memory.quick_jit(function).lower(*_placed(arguments, specs, devices)).compile().as_text()
   )
   of_pass = config, placed, devices.shape, batch, length
   moves = [

@@ -12,7 +12,7 @@ import pytest
 from t5x_inference_ext.model.collectives import looped, ops, ring
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh
-from tests import hlo
+from tests import hlo, memory
 
 MESHES = [(2, 2, 2), (1, 2, 4), (8, 1, 1), (2, 4, 1)]
 AXIS_SETS = [('x',), ('y', 'z'), AXES, ('z', 'x'), ()]
@@ -30,7 +30,7 @@ def compiled(fn, mesh, in_specs, out_specs, *args):
   per_shard = jax.shard_map(
     fn, mesh=make_mesh(mesh), in_specs=in_specs, out_specs=out_specs, check_vma=False
   )
-  return jax.jit(per_shard).lower(*args).compile()
+  return memory.quick_jit(per_shard).lower(*args).compile()
 
 
 def run(fn, mesh, in_specs, out_specs, *args):
