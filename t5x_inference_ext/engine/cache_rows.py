@@ -112,7 +112,7 @@ def insert_row(
     shared = cache.shared
     if shared is not None:
       keys, values = copy_pages(
-        (shared.keys, shared.values), (one.keys, one.values), shared_ids, begin, end
+        (shared.keys, shared.values), (one.keys, one.values), shared_ids, begin, end, axis=-3
       )
       index = jnp.arange(shared_ids.shape[0])
       ids = jnp.where((index >= begin) & (index < end), shared_ids, shared.starts.shape[0])

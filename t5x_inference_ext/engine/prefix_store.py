@@ -37,7 +37,7 @@ class PrefixStore:
   """Keys (after rotary positions are applied) and values of all layers, in blocks of P positions.
 
   Attributes:
-    keys: [L, N, P, K, Q], or a tuple of L arrays [N, P, K, Q] if the layers are unrolled. N is the
+    keys: [L, N, K, P, Q], or a tuple of L arrays [N, K, P, Q] if the layers are unrolled. N is the
       number of blocks; K is as in the prompts' cache.
     values: Like keys.
     broken: [N] bool. Whether a value at or before the block's end was not finite.
@@ -50,7 +50,7 @@ class PrefixStore:
   @property
   def block_size(self) -> int:
     """P, the positions of a block."""
-    return jax.tree.leaves(self.keys)[0].shape[-3]
+    return jax.tree.leaves(self.keys)[0].shape[-2]
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +107,7 @@ def empty_store(
     )
   sharding, config = model.prefilling.cache_sharding(rows), model.config
   lead = (config.num_layers,) if weights.stacked else ()
-  shape = (*lead, blocks, block_size, len(sharding.heads.cached()), config.d_head)
+  shape = (*lead, blocks, len(sharding.heads.cached()), block_size, config.d_head)
 
   def zeros() -> KV:
     return empty_kv(shape, model.cache_dtype)
@@ -237,12 +237,12 @@ def save_blocks(
 
 
 def _read(kv: KeysValues, row: jax.Array, start: jax.Array | int, size: int) -> KeysValues:
-  """Return `size` positions of one row (or block) on this shard: [.., 1, size, K, Q]."""
+  """Return `size` positions of one row (or block) on this shard: [.., 1, K, size, Q]."""
 
   def read(x: jax.Array) -> jax.Array:
     lead = x.ndim - 4
-    shape = (*x.shape[:lead], 1, size, *x.shape[-2:])
-    return lax.dynamic_slice(x, (*(0,) * lead, row, start, 0, 0), shape)
+    shape = (*x.shape[:lead], 1, x.shape[-3], size, x.shape[-1])
+    return lax.dynamic_slice(x, (*(0,) * lead, row, 0, start, 0), shape)
 
   return jax.tree.map(read, kv)
 
@@ -251,7 +251,7 @@ def _write(kv: KeysValues, new: KeysValues, row: jax.Array, start: jax.Array | i
   """Write the result of `_read` to a row (or block) on this shard, from position `start` on."""
 
   def write(x: jax.Array, new: jax.Array) -> jax.Array:
-    return lax.dynamic_update_slice(x, new, (*(0,) * (x.ndim - 4), row, start, 0, 0))
+    return lax.dynamic_update_slice(x, new, (*(0,) * (x.ndim - 4), row, 0, start, 0))
 
   return jax.tree.map(write, kv, new)
 

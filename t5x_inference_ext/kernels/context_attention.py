@@ -95,7 +95,7 @@ def attend_to_context(
 
   Args:
     q: [b, n, q]. Queries, scaled.
-    keys: [r, s, 1, q]. Cached keys: r rows of s positions, or r pages of s positions.
+    keys: [r, 1, s, q]. Cached keys: r rows of s positions, or r pages of s positions.
     values: Like keys.
     lengths: [b] int32. Filled positions of each row; later positions are not attended to.
     blocks: The blocks of keys and values.
@@ -112,14 +112,14 @@ def attend_to_context(
   operands, specs = [], []
   for x in (keys, values):
     units, scales = (x, None) if isinstance(x, jax.Array) else (x.units, x.scales)
-    operands.append(units[:, :, 0])
+    operands.append(units[:, 0])
     specs.append(pl.BlockSpec((1, blocks.size, d), _block_index(steps, positions_dim=1)))
     if scales is not None:
-      operands.append(scales[:, None, :, 0, 0])
+      operands.append(scales[..., 0])
       specs.append(pl.BlockSpec((1, 1, blocks.size), _block_index(steps, positions_dim=2)))
   widths = d, LANES, LANES  # out, largest and total; the last two are equal in all lanes
   out, largest, total = pl.pallas_call(
-    functools.partial(_kernel, steps=steps, is_ragged=keys.shape[1] % blocks.size > 0),
+    functools.partial(_kernel, steps=steps, is_ragged=keys.shape[2] % blocks.size > 0),
     name=_NAME,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=3,

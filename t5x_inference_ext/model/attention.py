@@ -23,8 +23,8 @@ class Context(NamedTuple):
   """Keys and values of one layer that were cached before the new tokens.
 
   Attributes:
-    keys: [b, s, k, q]. Each row's own keys.
-    values: [b, s, k, q]. Each row's own values.
+    keys: [b, k, s, q]. Each row's own keys.
+    values: [b, k, s, q]. Each row's own values.
     lengths: [b] int32. Filled positions of each row; later positions are not attended to.
   """
 
@@ -45,9 +45,9 @@ def attend(
 
   Args:
     q: [b, m, h, q]. Queries, rotated, not yet scaled.
-    k: [b, t, k, q]. Rotated keys, rounded to the cache's precision, so that results do not depend
+    k: [b, k, t, q]. Rotated keys, rounded to the cache's precision, so that results do not depend
       on the sizes of chunks.
-    v: [b, t, k, q]. Values, rounded to the cache's precision.
+    v: [b, k, t, q]. Values, rounded to the cache's precision.
     context: Keys and values cached before these tokens, or None.
     first_query: Index of the shard's first query among the t new tokens.
     rules: The layer's rules for logits, or None.
@@ -55,7 +55,7 @@ def attend(
   Returns:
     [b, m, h, q] in q's dtype. The softmax is float32.
   """
-  positions = k.shape[1] + (0 if context is None else context.keys.shape[1])
+  positions = k.shape[2] + (0 if context is None else context.keys.shape[2])
   rows = max(1, MAX_ATTENTION_LOGITS // (q.shape[1] * q.shape[2] * positions))
   # In an exported program the number of rows can be symbolic.
   if not isinstance(q.shape[0], int) or q.shape[0] <= rows:
@@ -77,12 +77,12 @@ def _attend(
   first_query: jax.Array | int,
   rules: AttentionRules | None,
 ) -> jax.Array:
-  grouped, causal = grouped_queries(q, k.shape[1], k.shape[2], first_query)
+  grouped, causal = grouped_queries(q, k.shape[2], k.shape[1], first_query)
 
   queries, new = (None, None) if rules is None else rules.positions
   segments = [(k, v, causal, new)]
   if context is not None:
-    cached = jnp.arange(context.keys.shape[1])[None, :]  # positions, [1, s]
+    cached = jnp.arange(context.keys.shape[2])[None, :]  # positions, [1, s]
     filled = (cached < context.lengths[:, None])[:, None, None, :]
     segments.insert(0, (context.keys, context.values, filled, cached))
   logits = [
@@ -96,7 +96,7 @@ def softmax_over(segments: Sequence[tuple[jax.Array, KV]], dtype: jnp.dtype) -> 
   """Return attention's output, with one softmax over several segments of positions.
 
   Args:
-    segments: For each segment, logits [b, k, n, s] and values [b, s, k, q] (or shared [s, k, q]).
+    segments: For each segment, logits [b, k, n, s] and values [b, k, s, q] (or shared [k, s, q]).
     dtype: Dtype of the operands of products.
 
   Returns:
@@ -182,21 +182,18 @@ def masked_logits(
   query_positions: Int[Array, 'b m'] | None = None,
   key_positions: Int[Array, '#b s'] | None = None,
 ) -> Float[Array, 'b k n s']:
-  """Return float32 logits at keys [b, s, k, q] or shared keys [s, k, q]; -inf if not visible.
+  """Return float32 logits at keys [b, k, s, q] or shared keys [k, s, q]; -inf if not visible.
 
   The positions of queries and keys are needed only if there are rules.
   """
   keys, scales = units_and_scales(keys, q.dtype)
   if keys.ndim == 3:  # one product for all rows, which reads the shared keys once
-    logits = jnp.einsum('bknq,skq->bkns', q, keys, preferred_element_type=jnp.float32)
+    logits = jnp.einsum('bknq,ksq->bkns', q, keys, preferred_element_type=jnp.float32)
   else:
     # dot_general keeps the operands in this order. On CPU, einsum would swap them and make a
     # transposed copy of the cache.
     logits = lax.dot_general(
-      q,
-      jnp.moveaxis(keys, 2, 1),
-      (((3,), (3,)), ((0, 1), (0, 1))),
-      preferred_element_type=jnp.float32,
+      q, keys, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
     )
   logits = _scaled(logits, scales)
   if rules is not None:
@@ -206,25 +203,22 @@ def masked_logits(
 
 
 def _scaled(x: Float[Array, 'b k n s'], scales: jax.Array | None) -> Float[Array, 'b k n s']:
-  """Multiply x by int8 scales [b, s, k] or shared [s, k]: cheaper than scaling keys or values."""
+  """Multiply x by int8 scales [b, k, s] or shared [k, s]: cheaper than scaling keys or values."""
   if scales is None:
     return x
   scales = scales if scales.ndim == 3 else scales[None]
-  return x * jnp.moveaxis(scales, 2, 1)[:, :, None]
+  return x * scales[:, :, None]
 
 
 def mix(weights: Float[Array, 'b k n s'], values: KV, dtype: jnp.dtype) -> Float[Array, 'b k n q']:
-  """Return the float32 weighted sum of values [b, s, k, q] or shared values [s, k, q].
+  """Return the float32 weighted sum of values [b, k, s, q] or shared values [k, s, q].
 
   Both operands of the product are cast to `dtype`.
   """
   values, scales = units_and_scales(values, dtype)
   weights = _scaled(weights, scales).astype(dtype)
   if values.ndim == 3:
-    return jnp.einsum('bkns,skq->bknq', weights, values, preferred_element_type=jnp.float32)
+    return jnp.einsum('bkns,ksq->bknq', weights, values, preferred_element_type=jnp.float32)
   return lax.dot_general(
-    weights,
-    jnp.moveaxis(values, 2, 1),
-    (((3,), (2,)), ((0, 1), (0, 1))),
-    preferred_element_type=jnp.float32,
+    weights, values, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
   )

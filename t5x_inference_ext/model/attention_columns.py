@@ -60,22 +60,22 @@ class AttentionColumns:
     blocks = heads.stored.shards // ops.axis_size(hidden)  # number of stored shards on this device
     y = columns.reshape(*columns.shape[:2], blocks, -1)  # [b, t, blocks, columns of a block]
     by_heads = self._embed_splits(sharding.attention_heads)
-    # Where queries, keys and values move alike, one collective moves all three.
+    # One collective moves queries, keys and values, with their padding: few large collectives take
+    # less time than many small ones.
     if not by_heads and not self.summed:
       if self._embed_splits(sharding.attention_positions):
         y = ops.reduce_scatter(y, self._embed, 1)
       else:
         y = ops.all_reduce(y, self._embed)
-    if not by_heads and sharding.hidden_rows == hidden:
+    if not by_heads:
       y = ops.all_to_all(y, sharding.hidden_rows, 0, 2)
     width = query_columns(self.config, heads.stored)
     query, kv = y[..., :width], y[..., width : width + kv_columns(self.config, heads.stored)[0]]
     if by_heads:
       query, kv = self._cut_queries(query), self._cut_keys(kv)
-    if by_heads or sharding.hidden_rows != hidden:
       query, kv = (ops.all_to_all(y, sharding.hidden_rows, 0, 2) for y in (query, kv))
-      if heads.multiquery:
-        kv = ops.all_gather(kv, _without(hidden, sharding.hidden_rows), 2)
+    if heads.multiquery:
+      kv = ops.all_gather(kv, _without(hidden, sharding.hidden_rows), 2)
     if not by_heads and not heads.multiquery:
       kv = kv[:, :, :: heads.stride]  # drop repeated heads before the gather
     query = ops.all_to_all(query, sharding.hidden_positions, 1, 2)

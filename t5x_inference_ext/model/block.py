@@ -115,7 +115,9 @@ class Layer:
           head_factors(w.adapters),
           self._rows(sharding.attention_rows),
         )
-        kv = to_cache(k, self.cache_dtype), to_cache(v, self.cache_dtype)
+        # In the cache, and in attention's products, heads come before positions.
+        of_heads = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
+        kv = to_cache(of_heads[0], self.cache_dtype), to_cache(of_heads[1], self.cache_dtype)
         first_query = reshard.first_query(k.shape[1])
         if self.kernel is not None and context is not None:
           attended = self.kernel.attend(q, *kv, context, first_query)

@@ -1,7 +1,8 @@
 """The KV cache of a static batch: each row has its own length, and new tokens go to its end.
 
 Keys and values are floats, or int8 with scales (quantization.kv.Int8KV). Functions map over the
-arrays of a pytree, so they work for both.
+arrays of a pytree, so they work for both. Heads come before positions, as in attention's products:
+with heads between positions and features, XLA:TPU would copy the cache into another layout.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ class KVCache:
   """Keys (after rotary positions are applied) and values of all layers.
 
   Attributes:
-    keys: [L, B, S, K, Q], or a tuple of L arrays [B, S, K, Q] if the layers are unrolled.
+    keys: [L, B, K, S, Q], or a tuple of L arrays [B, K, S, Q] if the layers are unrolled.
     values: Like keys.
     lengths: [B] int32. Filled positions of each row.
   """
@@ -60,9 +61,9 @@ class KVCache:
   def context(self, layer: tuple[KV, ...] | jax.Array, read: int | None = None) -> Context:
     """Return the context of one layer's attention, given that layer's element of `by_layer`."""
     if isinstance(layer, tuple):
-      keys, values = jax.tree.map(lambda x: x[:, :read], layer)
+      keys, values = jax.tree.map(lambda x: x[:, :, :read], layer)
     else:
-      keys, values = (read_layer(kv, layer, (None, read)) for kv in (self.keys, self.values))
+      keys, values = (read_layer(kv, layer, (None, None, read)) for kv in (self.keys, self.values))
     return Context(keys, values, self.lengths)
 
 
@@ -93,14 +94,14 @@ def read_layer(stacked: LayersKV, layer: jax.Array, sizes: Sequence[int | None])
 
 def positions_of(kv: Any) -> int:
   """Return the number of positions of keys or values (arrays or their shapes)."""
-  return jax.tree.leaves(kv)[0].shape[-3]
+  return jax.tree.leaves(kv)[0].shape[-2]
 
 
 def start(keys: LayersKV, values: LayersKV, lengths: Int[Array, ' B'], size: int) -> KVCache:
   """Make a cache from the keys and values of a prefill.
 
   Args:
-    keys: [.., B, T, K, Q], one array or one per layer.
+    keys: [.., B, K, T, Q], one array or one per layer.
     values: Like keys.
     lengths: [B] int32. Number of valid positions among each row's T.
     size: Positions of the cache, at least T. Rounded up to whole tiles.
@@ -113,7 +114,7 @@ def start(keys: LayersKV, values: LayersKV, lengths: Int[Array, ' B'], size: int
 
 def pad_positions(x: jax.Array, size: int) -> jax.Array:
   padding = [(0, 0)] * x.ndim
-  padding[-3] = (0, size - x.shape[-3])
+  padding[-2] = (0, size - x.shape[-2])
   return jnp.pad(x, padding)
 
 
@@ -124,7 +125,7 @@ def append(
 
   Args:
     cache: KVCache with at least T positions.
-    keys: [.., B, T, K, Q]. Keys of the new tokens.
+    keys: [.., B, K, T, Q]. Keys of the new tokens.
     values: Like keys.
     counts: [B] int32. How many of the T tokens are valid: the first ones. None: all T.
   """
@@ -145,6 +146,7 @@ def _row_by_row(
   For a scatter or a masked rewrite, XLA:CPU would copy the whole cache in every step.
   """
   tokens = positions_of(keys)
+  wide = as_windows((cache.keys, cache.values), (keys, values))
 
   def write_row(i: jax.Array, kv: KeysValues) -> KeysValues:
     position = cache.lengths[i]
@@ -152,40 +154,63 @@ def _row_by_row(
 
     def write(x: jax.Array, new: jax.Array) -> jax.Array:
       new = lax.dynamic_slice_in_dim(new, i, 1, new.ndim - 4)
-      return write_window(x, i, new, position, count)
+      return write_window(x, i, new, position, count, tokens)
 
-    return jax.tree.map(write, kv, (keys, values))
+    return jax.tree.map(write, kv, wide)
 
   return lax.fori_loop(0, cache.lengths.shape[0], write_row, (cache.keys, cache.values))
 
 
+def write_tile(x: jax.Array) -> int:
+  """Return the positions of x [.., B, K, S, Q] that are read, changed and written together."""
+  # With one key head, XLA:TPU writes a single position in one operation. With several it takes
+  # two for a position, and one for a tile.
+  tile = tile_positions(x.dtype) if x.shape[-3] == 1 else whole_tiles(1, x.dtype)
+  return 1 if x.shape[-2] % tile else tile
+
+
+def as_windows(kv: KeysValues, new: KeysValues) -> KeysValues:
+  """Repeat a single token of each row as often as a window of `kv` has positions.
+
+  Done once for all rows: XLA:TPU would take an operation for each row. Several tokens stay as they
+  are.
+  """
+
+  def repeat(x: jax.Array, new: jax.Array) -> jax.Array:
+    if new.shape[-2] > 1:
+      return new
+    return jnp.broadcast_to(new, (*new.shape[:-2], write_tile(x), new.shape[-1]))
+
+  return jax.tree.map(repeat, kv, new)
+
+
 def write_window(
-  x: jax.Array, row: RowIndex, new: jax.Array, position: RowIndex, count: RowIndex
+  x: jax.Array, row: RowIndex, new: jax.Array, position: RowIndex, count: RowIndex, tokens: int
 ) -> jax.Array:
   """Write tokens into one row (or page) of x, in place.
 
   Args:
-    x: [.., B, S, K, Q].
+    x: [.., B, K, S, Q].
     row: Index of the row.
-    new: [.., 1, T, K, Q]. The tokens, T at most S.
+    new: [.., 1, K, T, Q]. The tokens, T at most S; or one token as `as_windows` repeats it.
     position: Position of the first token. Tokens outside of [0, S) are dropped.
     count: Number of valid tokens, which come first.
+    tokens: T.
   """
-  lead, tokens = (0,) * (x.ndim - 4), new.shape[-3]
-  size, tile = x.shape[-3], tile_positions(x.dtype)
-  tile = 1 if size % tile else tile
+  lead = (0,) * (x.ndim - 4)
+  size, tile = x.shape[-2], write_tile(x)
   # Read, modify and write a tile-aligned window around the new positions, clamped to the row; other
   # values in it are unchanged. The multiplication by `tile` comes last, so that the compiler sees
   # that the window is aligned.
   width = min(size, -(-(tokens + tile - 1) // tile) * tile)
   first = jnp.clip(position // tile, 0, (size - width) // tile) * tile
-  late, at = position - first, jnp.arange(width).reshape(*(1,) * (len(lead) + 1), width, 1, 1)
-  where: tuple[Any, ...] = (*lead, row, first, 0, 0)
-  old = lax.dynamic_slice(x, where, (*new.shape[:-3], width, *new.shape[-2:]))
+  late, at = position - first, jnp.arange(width).reshape(*(1,) * (len(lead) + 2), width, 1)
+  where: tuple[Any, ...] = (*lead, row, 0, first, 0)
+  old = lax.dynamic_slice(x, where, (*new.shape[:-2], width, new.shape[-1]))
   if tokens > 1:
     # Not jnp.roll of padded tokens: XLA:TPU would copy all pages into another layout for it, 60 us
     # of a layer of 540B on v4:4x4x4.
-    new = jnp.take(new, jnp.arange(width) - late, axis=-3, mode='clip')
+    new = jnp.take(new, jnp.arange(width) - late, axis=-2, mode='clip')
   window = jnp.where((at >= late) & (at < late + count), new, old)
   return lax.dynamic_update_slice(x, window, where)
 
@@ -202,11 +227,24 @@ def _scatter(
   if counts is not None:  # invalid tokens go to a position outside the cache, and are dropped
     positions = jnp.where(jnp.arange(tokens)[None, :] < counts[:, None], positions, cache.size)
   rows = jnp.arange(cache.lengths.shape[0])[:, None]
+  return jax.tree.map(
+    lambda x, new: scatter_tokens(x, new, rows, positions),
+    (cache.keys, cache.values),
+    (keys, values),
+  )
 
-  def write(x: jax.Array, new: jax.Array) -> jax.Array:
-    return x.at[(*(slice(None),) * (x.ndim - 4), rows, positions)].set(new, mode='drop')
 
-  return jax.tree.map(write, (cache.keys, cache.values), (keys, values))
+def scatter_tokens(
+  x: jax.Array, new: jax.Array, rows: Int[Array, 'B _'], positions: Int[Array, 'B T']
+) -> jax.Array:
+  """Write tokens new [.., B, K, T, Q] to rows (or pages) and positions of x [.., B, K, S, Q].
+
+  A token outside of x is dropped.
+  """
+  # Heads are indices too, so that the indexed dimensions are neighbours and keep their order.
+  heads = jnp.arange(x.shape[-3])[None, :, None]
+  where = (*(slice(None),) * (x.ndim - 4), rows[:, None], heads, positions[:, None])
+  return x.at[where].set(new, mode='drop')
 
 
 def read_local_row(cache: KVCache, row: RowIndex) -> KVCache:
@@ -220,10 +258,10 @@ def read_local_row(cache: KVCache, row: RowIndex) -> KVCache:
 
 
 def with_heads(x: Array, held: Sequence[int | None], wanted: Sequence[int | None]) -> Array:
-  """Reorder the key heads of x [.., K, Q] for another sharding.
+  """Reorder the key heads of x [.., K, S, Q] for another sharding.
 
   Args:
-    x: Keys or values (or int8 scales [.., K, 1]).
+    x: Keys or values (or int8 scales [.., K, S, 1]).
     held: AttentionHeads.cached() of x's sharding: for each head of x, the model's key head that it
       holds; None for padding.
     wanted: AttentionHeads.cached() of the result's sharding, with other repeats and padding.
@@ -231,4 +269,4 @@ def with_heads(x: Array, held: Sequence[int | None], wanted: Sequence[int | None
   if held == wanted:
     return x
   indices = jnp.asarray([0 if head is None else held.index(head) for head in wanted])
-  return jnp.take(x, indices, axis=-2)
+  return jnp.take(x, indices, axis=-3)

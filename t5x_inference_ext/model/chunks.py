@@ -1,6 +1,7 @@
 """Prefill in chunks, which bounds the memory of activations; construction of empty caches."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ def empty_cache(model: Model, weights: Weights, rows: int, size: int) -> KVCache
     rows: B.
     size: S, positions of each row.
   """
-  keys, values = (_empty(model, weights, rows, (rows, size)) for _ in range(2))
+  keys, values = (_empty(model, weights, rows, rows, size) for _ in range(2))
   cache = KVCache(keys, values, jnp.zeros(rows, jnp.int32))
   return constrain_cache(model, cache, weights)
 
@@ -57,10 +58,11 @@ def empty_pages(
   """
   check_page_size(page_size, model.cache_dtype)
   count = pages * page_shards(model, rows)
-  keys, values = (_empty(model, weights, rows, (count, page_size)) for _ in range(2))
+  keys, values = (_empty(model, weights, rows, count, page_size) for _ in range(2))
   shared = None
   if shared_pages:
-    ours = [_empty(model, weights, rows, (shared_pages, page_size)) for _ in range(2)]
+    of_one = functools.partial(_empty, model, weights, rows, shared_pages, page_size)
+    ours = [of_one(heads_first=True) for _ in range(2)]
     visible, starts = jnp.zeros((rows, shared_pages), bool), jnp.zeros(shared_pages, jnp.int32)
     shared = SharedPages(ours[0], ours[1], visible, starts)
   cache = PagedCache(
@@ -82,15 +84,25 @@ def page_shards(model: Model, rows: int) -> int:
   return num_shards(model.cache_sharding(rows).attention_rows, model.mesh.shape)
 
 
-def _empty(model: Model, weights: Weights, rows: int, shape: tuple[int, int]) -> LayersKV:
-  """Return keys (or values) of zeros; `shape` is (rows, positions) or (pages, positions)."""
+def _empty(
+  model: Model, weights: Weights, rows: int, count: int, size: int, heads_first: bool = False
+) -> LayersKV:
+  """Return keys (or values) of zeros: `count` rows or pages of `size` positions.
+
+  Args:
+    model, weights: Decide heads, dtype and form.
+    rows: B. The sharding of heads may depend on it.
+    count: Number of rows or pages.
+    size: Positions of each.
+    heads_first: Whether heads come before the pages, as in shared ones.
+  """
   heads, config = len(model.cache_sharding(rows).heads.cached()), model.config
-  count, size = shape
+  shape = (heads, count) if heads_first else (count, heads)
   lead = (config.num_layers,) if weights.stacked else ()
 
   def zeros() -> KV:
     positions = whole_tiles(size, model.cache_dtype)
-    return empty_kv((*lead, count, positions, heads, config.d_head), model.cache_dtype)
+    return empty_kv((*lead, *shape, positions, config.d_head), model.cache_dtype)
 
   return zeros() if weights.stacked else tuple(zeros() for _ in range(config.num_layers))
 
@@ -163,6 +175,6 @@ def prefill_in_chunks(
   logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
   (logits, cache), _ = lax.scan(step, (logits, cache), jnp.arange(steps))
   positions = whole_tiles(size, model.cache_dtype)
-  keys, values = jax.tree.map(lambda x: x[..., :positions, :, :], (cache.keys, cache.values))
+  keys, values = jax.tree.map(lambda x: x[..., :positions, :], (cache.keys, cache.values))
   cache = dataclasses.replace(cache, keys=keys, values=values)
   return logits, with_layout_of(prefill, cache, weights, model)

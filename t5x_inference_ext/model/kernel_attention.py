@@ -5,7 +5,6 @@ Shapes are per shard, with the letters of model.attention.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
@@ -81,8 +80,8 @@ class AttentionKernel:
 
     Args:
       q: [b, m, h, q]. Queries, rotated, not yet scaled.
-      k: [b, t, 1, q]. Rotated keys of the new tokens, rounded to the cache's precision.
-      v: [b, t, 1, q]. Values, rounded to the cache's precision.
+      k: [b, 1, t, q]. Rotated keys of the new tokens, rounded to the cache's precision.
+      v: [b, 1, t, q]. Values, rounded to the cache's precision.
       context: Keys and values cached before these tokens.
       first_query: Index of the shard's first query among the t new tokens.
     """
@@ -93,17 +92,15 @@ class AttentionKernel:
       row_blocks,
     )
 
-    grouped, causal = grouped_queries(q, k.shape[1], k.shape[2], first_query)
+    grouped, causal = grouped_queries(q, k.shape[2], k.shape[1], first_query)
     segments = [(masked_logits(grouped, k, causal), v)]
     keys, values = context.keys, context.values
     if isinstance(context, PagedContext):
       if context.shared_keys is not None:
         segments.append(shared_segment(grouped, context))
-      pages = len(context.owners)
-      keys, values = jax.tree.map(lambda x: x.reshape(pages, -1, *x.shape[2:]), (keys, values))
-      blocks = page_blocks(context.owners, context.starts, keys.shape[1])
+      blocks = page_blocks(context.owners, context.starts, keys.shape[2])
     else:
-      blocks = row_blocks(len(q), keys.shape[1])
+      blocks = row_blocks(len(q), keys.shape[2])
     partial = attend_to_context(
       grouped[:, 0], keys, values, context.lengths, blocks, self.interpret
     )

@@ -6,7 +6,6 @@ pages read. Shapes are per shard, with the letters of model.attention; there are
 positions.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -19,7 +18,6 @@ from t5x_inference_ext.model.attention import (
   largest_logits,
   masked_logits,
   mix,
-  softmax_over,
   ungrouped,
   with_segments,
 )
@@ -31,13 +29,13 @@ class PagedContext(NamedTuple):
   """Keys and values of one layer that were cached in pages before the new tokens.
 
   Attributes:
-    keys: [n, s, k, q]; on a shard with a single row and several key heads, [1, n * s, k, q].
+    keys: [n, k, s, q].
     values: Like keys.
     lengths: [b] int32. Filled positions of each row.
     owners: [n] int32. The row that each page belongs to.
     starts: [n] int32. Position in the owner's row at which each page begins.
-    shared_keys: [p, k, q], or None. Keys of all shared pages.
-    shared_values: [p, k, q], or None.
+    shared_keys: [k, p, q], or None. Keys of all shared pages.
+    shared_values: [k, p, q], or None.
     shared_visible: [b, pages] bool, or None. Which rows see which shared pages.
     shared_starts: [pages] int32, or None. Position in the rows at which each shared page begins.
   """
@@ -69,29 +67,21 @@ def attend_pages(
 
   Args:
     q: [b, m, h, q]. Queries, rotated, not yet scaled.
-    k: [b, t, k, q]. Rotated keys of the new tokens, rounded to the cache's precision.
-    v: [b, t, k, q]. Values, rounded to the cache's precision.
+    k: [b, k, t, q]. Rotated keys of the new tokens, rounded to the cache's precision.
+    v: [b, k, t, q]. Values, rounded to the cache's precision.
     context: Keys and values cached before these tokens.
     first_query: Index of the shard's first query among the t new tokens.
     rules: The layer's rules for logits, or None.
   """
-  grouped, causal = grouped_queries(q, k.shape[1], k.shape[2], first_query)
+  grouped, causal = grouped_queries(q, k.shape[2], k.shape[1], first_query)
   owners, starts = context.owners, context.starts
   queries, new = (None, None) if rules is None else rules.positions
   # Segments whose batch axis is the rows: the new tokens and the shared pages.
   segments = [(masked_logits(grouped, k, causal, rules, queries, new), v)]
   if context.shared_keys is not None:
     segments.append(shared_segment(grouped, context, rules))
-  page_size = math.prod(context.keys.shape[:2]) // len(owners)
-  positions = starts[:, None] + jnp.arange(page_size)[None, :]  # [n, s]
+  positions = starts[:, None] + jnp.arange(context.keys.shape[2])[None, :]  # [n, s]
   visible = positions < _of_owners(context.lengths, owners)[:, None]
-  # A single row's merged pages are one dense context, with nothing to combine.
-  if len(q) == 1 and context.keys.shape[0] == 1:
-    own = masked_logits(
-      grouped, context.keys, visible.reshape(1, 1, 1, -1), rules, queries, positions.reshape(1, -1)
-    )
-    return ungrouped(softmax_over([*segments, (own, context.values)], q.dtype), q)
-
   logits = masked_logits(
     _of_owners(grouped, owners),
     context.keys,
@@ -132,7 +122,7 @@ def shared_segment(
   """
   assert context.shared_keys is not None and context.shared_values is not None
   assert context.shared_visible is not None
-  size = context.shared_keys.shape[0] // context.shared_visible.shape[1]
+  size = context.shared_keys.shape[1] // context.shared_visible.shape[1]
   visible = jnp.repeat(context.shared_visible, size, axis=1)[:, None, None, :]
   positions: jax.Array | None = None
   if rules is not None:

@@ -43,7 +43,8 @@ class SharedPages:
   """Pages that several rows can read; every device has all of them.
 
   Attributes:
-    keys: [L, NS, S, K, Q], or a tuple of L arrays [NS, S, K, Q] if the layers are unrolled.
+    keys: [L, K, NS, S, Q], or a tuple of L arrays [K, NS, S, Q] if the layers are unrolled. The
+      pages are one context for all rows, so heads come before them.
     values: Like keys.
     visible: [B, NS] bool. Whether a row attends to a page; it then attends to the whole page.
     starts: [NS] int32. Position, in the rows that read a page, at which the page begins. Only
@@ -65,7 +66,7 @@ class PagedCache:
   the row's own device. Page 0 of each device is scratch space, where free slots write.
 
   Attributes:
-    keys: [L, N, S, K, Q], or a tuple of L arrays [N, S, K, Q] if the layers are unrolled.
+    keys: [L, N, K, S, Q], or a tuple of L arrays [N, K, S, Q] if the layers are unrolled.
     values: Like keys.
     lengths: [B] int32. Number of filled positions of each row, including those in shared pages.
     table: [B, M] int32. The page that holds positions [m * S, (m + 1) * S) of a row.
@@ -119,19 +120,13 @@ class PagedCache:
       index, parts = layer, [self.keys, self.values]
       if self._shared_read is not None:
         parts += [self._shared_read.keys, self._shared_read.values]
-    # The pages of a single row are one dense context, which saves combining them, unless there is
-    # one key head: then XLA:TPU would copy all pages into another layout in each call. 540B int8,
-    # v4:4x4x4, 64 slots of 32768 positions: 149 ms a step merged, 25 ms as they are. Llama-70B's
-    # shape, 8 key heads, v5e:4x4, 16 slots of 2048: 13.7 ms merged, 14.6 ms as they are.
-    alone = self.lengths.shape[0] == 1 and parts[0].shape[-2] > 1
-    keys, values = (_first_pages(kv, self.read, index, merged=alone) for kv in parts[:2])
-    if alone:
-      keys, values = jax.tree.map(lambda x: x[None], (keys, values))
+    keys, values = (_first(kv, 0, self.read, index) for kv in parts[:2])
     owners, starts = self.owners[: self.read], self.starts[: self.read]
     context = PagedContext(keys, values, self.lengths, owners, starts)
     if self._shared_read is None:
       return context
-    keys, values = (_first_pages(kv, self.read_shared, index, merged=True) for kv in parts[2:])
+    size = self.read_shared * self.page_size
+    keys, values = (_first(_merged(kv), 1, size, index) for kv in parts[2:])
     return context._replace(
       shared_keys=keys,
       shared_values=values,
@@ -140,25 +135,26 @@ class PagedCache:
     )
 
 
-def _first_pages(kv: KV, count: int, layer: jax.Array | None, merged: bool) -> KV:
-  """Return the first pages of a layer: [count, S, K, Q], or `merged` [count * S, K, Q].
+def _merged(kv: LayersKV) -> LayersKV:
+  """Merge the pages of keys or values [.., K, NS, S, Q] into one context [.., K, NS * S, Q].
+
+  Do this before slicing: XLA:TPU would copy a slice that is reshaped.
+  """
+  return jax.tree.map(lambda x: x.reshape(*x.shape[:-3], -1, x.shape[-1]), kv)
+
+
+def _first(kv: LayersKV, axis: int, count: int, layer: jax.Array | None) -> Any:
+  """Return the first elements of a layer's keys or values along a dimension.
 
   Args:
-    kv: [N, S, K, Q], or stacked [L, N, S, K, Q].
-    count: Number of pages.
+    kv: Keys or values of one layer, or stacked with leading L.
+    axis: The dimension in a layer's array.
+    count: Number of elements to keep.
     layer: Index of the layer if kv is stacked, else None.
-    merged: Whether to merge the dimensions of pages and positions. They are merged before the
-      slice: XLA:TPU would copy a slice that is reshaped.
   """
-  size = count * kv.shape[-3] if merged else count
-
-  def merge(x: jax.Array) -> jax.Array:
-    return x.reshape(*x.shape[:-4], -1, *x.shape[-2:]) if merged else x
-
-  kv = jax.tree.map(merge, kv)
   if layer is None:
-    return jax.tree.map(lambda x: x[:size], kv)
-  return kv_cache.read_layer(kv, layer, (size,))
+    return jax.tree.map(lambda x: lax.slice_in_dim(x, 0, count, axis=axis), kv)
+  return kv_cache.read_layer(kv, layer, (*(None,) * axis, count))
 
 
 AnyCache = TypeVar('AnyCache', KVCache, PagedCache)
@@ -174,7 +170,7 @@ def append_tokens(
 
   Args:
     cache: This shard's part of the cache.
-    keys: [.., B, T, K, Q]. Keys of the new tokens. T is at most a page's size.
+    keys: [.., B, K, T, Q]. Keys of the new tokens. T is at most a page's size.
     values: Like keys.
     counts: [B] int32. Number of valid tokens, which come first. None: all T.
   """
@@ -195,6 +191,7 @@ def _row_by_row(
 ) -> KeysValues:
   """Write one row after another, in place (see cache._row_by_row)."""
   tokens, size, width = kv_cache.positions_of(keys), cache.page_size, cache.table.shape[1]
+  wide = kv_cache.as_windows((cache.keys, cache.values), (keys, values))
 
   def write_row(i: jax.Array, kv: KeysValues) -> KeysValues:
     length = cache.lengths[i]
@@ -205,19 +202,27 @@ def _row_by_row(
       offset = length - index * size  # of the first token in this page; negative in the next page
       wanted = jnp.where(index < width, count, 0)
 
-      write = functools.partial(_write_tokens, row=i, page=page, offset=offset, count=wanted)
-      kv = jax.tree.map(write, kv, (keys, values))
+      write = functools.partial(
+        _write_tokens, row=i, page=page, offset=offset, count=wanted, tokens=tokens
+      )
+      kv = jax.tree.map(write, kv, wide)
     return kv
 
   return lax.fori_loop(0, cache.lengths.shape[0], write_row, (cache.keys, cache.values))
 
 
 def _write_tokens(
-  x: jax.Array, new: jax.Array, row: RowIndex, page: RowIndex, offset: RowIndex, count: RowIndex
+  x: jax.Array,
+  new: jax.Array,
+  row: RowIndex,
+  page: RowIndex,
+  offset: RowIndex,
+  count: RowIndex,
+  tokens: int,
 ) -> jax.Array:
-  """Write the first `count` tokens of one row of `new` [.., B, T, K, Q] into a page at `offset`."""
+  """Write one row of `new` into a page at `offset`; see cache.write_window."""
   new = lax.dynamic_slice_in_dim(new, row, 1, new.ndim - 4)
-  return kv_cache.write_window(x, page, new, offset, count)
+  return kv_cache.write_window(x, page, new, offset, count, tokens)
 
 
 def _scatter(
@@ -232,12 +237,11 @@ def _scatter(
   valid = index < width if counts is None else (index < width) & (new < counts[:, None])
   # Invalid tokens get a page index outside the pool, so that the scatter drops them.
   pages = jnp.where(valid, pages, cache.owners.shape[0])
-
-  def write(x: jax.Array, new: jax.Array) -> jax.Array:
-    where = (*(slice(None),) * (x.ndim - 4), pages, positions % size)
-    return x.at[where].set(new, mode='drop')
-
-  return jax.tree.map(write, (cache.keys, cache.values), (keys, values))
+  return jax.tree.map(
+    lambda x, new: kv_cache.scatter_tokens(x, new, pages, positions % size),
+    (cache.keys, cache.values),
+    (keys, values),
+  )
 
 
 def copy_pages(
@@ -246,23 +250,25 @@ def copy_pages(
   pages: Int[Array, ' M'],
   first: Int[Array, ''],
   stop: Int[Array, ''],
+  axis: int = -4,
 ) -> KeysValues:
   """Copy pages [first, stop) of a dense row into the pages of a pool, in place.
 
   Args:
-    pool: Keys and values of pages [.., N, S, K, Q].
-    one: Keys and values of one row [.., 1, positions, K, Q]; padded here with zeros to whole pages.
+    pool: Keys and values of pages [.., N, K, S, Q], or of shared pages [.., K, NS, S, Q].
+    one: Keys and values of one row [.., 1, K, positions, Q]; padded here with zeros to whole pages.
     pages: [M] int32. Page of the pool for each page of the row.
     first: Index in the row of the first page to copy.
     stop: Index in the row of the page after the last one to copy.
+    axis: The dimension of pages in the pool, counted from the end.
   """
   size = kv_cache.positions_of(pool)
-  one = jax.tree.map(lambda x: kv_cache.pad_positions(x, -(-x.shape[-3] // size) * size), one)
+  one = jax.tree.map(lambda x: kv_cache.pad_positions(x, -(-x.shape[-2] // size) * size), one)
 
   def copy(m: jax.Array, pool: KeysValues) -> KeysValues:
     def write(x: jax.Array, row: jax.Array) -> jax.Array:
-      page = lax.dynamic_slice_in_dim(row, m * size, size, row.ndim - 3)
-      return lax.dynamic_update_slice_in_dim(x, page, pages[m], x.ndim - 4)
+      page = lax.dynamic_slice_in_dim(row, m * size, size, row.ndim - 2)
+      return lax.dynamic_update_slice_in_dim(x, jnp.moveaxis(page, -4, axis), pages[m], axis)
 
     return jax.tree.map(write, pool, one)
 

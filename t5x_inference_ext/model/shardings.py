@@ -177,8 +177,8 @@ class ShardedModel:
       return KVCache(kv, kv, rows)
     shared = None
     if cache.shared is not None:
-      # Shared pages have no row dimension, so each device has all of them.
-      part: Any = P(None, *sharding.cache[1:])
+      # Shared pages have no row dimension, so each device has all of them: [K, NS, S, Q].
+      part: Any = P(sharding.cache[1], None, *sharding.cache[2:])
       part = P(None, *part) if weights.stacked else (part,) * len(weights.layers)
       whole: Any = P()
       shared = SharedPages(part, part, rows, whole)
@@ -198,7 +198,7 @@ class ShardedModel:
     """Reshard a prefill's keys and values for decode, and drop the padding after `length`.
 
     Args:
-      kv: Pytree of arrays [.., B, T, K, Q] in the prefill layout.
+      kv: Pytree of arrays [.., B, K, T, Q] in the prefill layout.
       length: Positions to keep.
       prefill: Sharding of the prefill.
       decode: Sharding of the decode steps that follow.
@@ -206,7 +206,7 @@ class ShardedModel:
     held, wanted = prefill.heads.cached(), decode.heads.cached()
 
     def reshard(x: jax.Array) -> jax.Array:
-      x = with_heads(x[..., :length, :, :], held, wanted)
+      x = with_heads(x[..., :length, :], held, wanted)
       spec = P(*(None,) * (x.ndim - 4), *decode.cache)
       return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 

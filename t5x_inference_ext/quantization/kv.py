@@ -26,8 +26,8 @@ class Int8KV:
   positions and heads of a cache maps over the arrays, and so needs no special case for int8.
 
   Attributes:
-    units: [.., S, K, Q] int8.
-    scales: [.., S, K, 1] float32.
+    units: [.., K, S, Q] int8.
+    scales: [.., K, S, 1] float32.
   """
 
   units: jax.Array
@@ -63,7 +63,7 @@ def to_cache(x: Float[Array, '*lead q'], dtype: str) -> KV:
   infinity is NaN. So one broken row would break every row that is later stored in its place.
 
   Args:
-    x: [.., S, K, Q]. Keys or values. NaN and infinities become the largest magnitude that a cache
+    x: [.., K, S, Q]. Keys or values. NaN and infinities become the largest magnitude that a cache
       holds; logits show which row is broken (model.finite).
     dtype: Dtype of the cache: a float dtype or 'int8'.
   """
@@ -78,7 +78,7 @@ def to_cache(x: Float[Array, '*lead q'], dtype: str) -> KV:
 
 
 def empty_kv(shape: tuple[int, ...], dtype: str) -> KV:
-  """Return keys or values of zeros [.., S, K, Q] in the cache's form, without calling `to_cache`.
+  """Return keys or values of zeros [.., K, S, Q] in the cache's form, without calling `to_cache`.
 
   XLA would fold the constants of to_cache(zeros) on the host, which takes minutes for a large
   cache.
@@ -90,7 +90,7 @@ def empty_kv(shape: tuple[int, ...], dtype: str) -> KV:
 
 
 def units_and_scales(kv: KV, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
-  """Return the keys or values as an operand in `dtype`, and their scales [.., S, K] or None.
+  """Return the keys or values as an operand in `dtype`, and their scales [.., K, S] or None.
 
   Integers up to 127 are exact in bfloat16.
   """

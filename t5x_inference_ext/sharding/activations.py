@@ -28,7 +28,7 @@ ACTIVATION_AXES = {
   'residual': ('residual_rows', 'residual_positions', 'residual'),  # [B, T, E]
   'mlp': ('rows', 'positions', 'mlp'),  # [B, T, F]
   'queries': ('attention_rows', 'attention_positions', 'attention_heads', 'd_head'),  # [B, T, H, Q]
-  'cache': ('attention_rows', 'cache_positions', 'kv_heads', 'd_head'),  # [B, S, K, Q]
+  'cache': ('attention_rows', 'kv_heads', 'cache_positions', 'd_head'),  # [B, K, S, Q]
 }
 
 
@@ -102,7 +102,7 @@ class ActivationSharding:
 
   @property
   def cache(self) -> P:
-    """The sharding of one layer's keys or values [B, S, K, Q]."""
+    """The sharding of one layer's keys or values [B, K, S, Q]."""
     return P(*(self.axes[axis] or None for axis in ACTIVATION_AXES['cache']))
 
   def reduce_scatter_dim(self, block_part: BlockPart) -> int | None:

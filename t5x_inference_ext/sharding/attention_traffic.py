@@ -42,7 +42,7 @@ def to_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Co
     if not summed:
       collectives += p.activations(together, 'reduce_scatter', embed, query + kv_padded)
     query, kv, kv_padded = (count // p.size(embed) for count in (query, kv, kv_padded))
-  if split != 'heads' and rows == layout.hidden_axes:
+  if split != 'heads':
     collectives += p.activations(together, 'all_to_all', rows, query + kv_padded)
   else:
     collectives += p.activations('query', 'all_to_all', rows, query)

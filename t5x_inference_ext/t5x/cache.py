@@ -21,8 +21,8 @@ _KEY, _VALUE = 'cached_key', 'cached_value'
 def cache_to_t5x(cache: KVCache) -> Cache:
   """Return a KVCache as T5X's nested dict.
 
-  Stacked layers: `cached_key` and `cached_value` [L, B, S, K, Q], `cached_lengths` [1, B].
-  Unrolled layers: a dict of [B, S, K, Q] for each layer, `layers_0` and so on, and `cached_lengths`
+  Stacked layers: `cached_key` and `cached_value` [L, B, K, S, Q], `cached_lengths` [1, B].
+  Unrolled layers: a dict of [B, K, S, Q] for each layer, `layers_0` and so on, and `cached_lengths`
   [B]. An int8 cache has `cached_key_scale` and `cached_value_scale` beside them.
   """
   keys, values = cache.keys, cache.values

@@ -72,7 +72,7 @@ def engine_of(model, layout, mesh, stacked, cache):
 def row_of(state, row, size):
   """Return a row's keys and values up to `size`, logits and length."""
   kv = jax.tree.map(
-    lambda x: np.asarray(x)[..., row, :size, :, :], (state.cache.keys, state.cache.values)
+    lambda x: np.asarray(x)[..., row, :, :size, :], (state.cache.keys, state.cache.values)
   )
   return kv, np.asarray(state.logits)[row], int(state.cache.lengths[row])
 
@@ -122,7 +122,7 @@ def test_loaded_blocks_continue_as_prefilled_ones(model, layout, mesh, rows, sta
     ):
       np.testing.assert_array_equal(
         np.asarray(stored)[..., block, :, :, :],
-        np.asarray(cached)[..., 0, index * size : (index + 1) * size, :, :],
+        np.asarray(cached)[..., 0, :, index * size : (index + 1) * size, :],
       )
   untouched = [b for b in range(BLOCKS) if b not in (2, 5)]
   fresh = empty_store(*on, rows, BLOCKS, size)

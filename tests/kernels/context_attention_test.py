@@ -16,7 +16,7 @@ SHAPES = [(2, 6, 16, 40), (3, 48, 32, 1100), (1, 20, 128, 513), (4, 600, 16, 64)
 
 def _floats(kv):
   """Keys or values as float32, without the dimension of heads."""
-  return np.asarray(kv if isinstance(kv, jax.Array) else kv.units * kv.scales)[..., 0, :]
+  return np.asarray(kv if isinstance(kv, jax.Array) else kv.units * kv.scales)[..., 0, :, :]
 
 
 def _check(partial, q, keys, values):
@@ -37,7 +37,7 @@ def _check(partial, q, keys, values):
 def test_rows_of_any_length_are_those_of_numpy(shape, dtype):
   (b, n, d, s), rng = shape, np.random.default_rng(sum(shape))
   q = rng.normal(size=(b, n, d)).astype(np.float32)
-  keys, values = (to_cache(jnp.asarray(rng.normal(size=(b, s, 1, d))), dtype) for _ in range(2))
+  keys, values = (to_cache(jnp.asarray(rng.normal(size=(b, 1, s, d))), dtype) for _ in range(2))
   lengths = rng.integers(1, s + 1, b)
   lengths[0] = s if b == 1 else 0
   partial = attend_to_context(
@@ -58,7 +58,7 @@ def test_pages_in_any_order_are_those_of_their_rows(seed):
   owners, starts = (np.array([pages[i][k] for i in order], np.int32) for k in (0, 1))
   q = rng.normal(size=(4, n, d)).astype(np.float32)
   keys, values = (
-    jnp.asarray(rng.normal(size=(len(pages), size, 1, d)), jnp.float32) for _ in range(2)
+    jnp.asarray(rng.normal(size=(len(pages), 1, size, d)), jnp.float32) for _ in range(2)
   )
   blocks = page_blocks(jnp.asarray(owners), jnp.asarray(starts), size)
   partial = attend_to_context(
@@ -75,7 +75,7 @@ def test_pages_in_any_order_are_those_of_their_rows(seed):
 
 def test_what_lies_beyond_a_row_or_in_another_one_is_not_seen():
   """NaN beyond a row's end, in the block that its end lies in, would show."""
-  keys = jnp.ones((2, 1000, 1, 8)).at[0, 600:].set(jnp.nan).at[1].set(jnp.nan)
+  keys = jnp.ones((2, 1, 1000, 8)).at[0, :, 600:].set(jnp.nan).at[1].set(jnp.nan)
   q, lengths = jnp.ones((2, 3, 8)), jnp.array([600, 0], jnp.int32)
   blocks = row_blocks(2, 1000)
   out, _, total = attend_to_context(q, keys, keys, lengths, blocks, interpret=True)
@@ -85,7 +85,7 @@ def test_what_lies_beyond_a_row_or_in_another_one_is_not_seen():
 
 def test_a_broken_query_breaks_its_own_row_alone():
   rng = np.random.default_rng(0)
-  q, keys = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 3, 8), (2, 40, 1, 8)))
+  q, keys = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 3, 8), (2, 1, 40, 8)))
   args = keys, keys, jnp.array([40, 40], jnp.int32), row_blocks(2, 40)
   sound = attend_to_context(q, *args, interpret=True)
   broken = attend_to_context(q.at[0].set(jnp.nan), *args, interpret=True)

@@ -23,17 +23,18 @@ def _numpy(q, k, v, visible):
 def test_a_token_sees_its_context_and_what_comes_before_it(new, kv_heads, cached):
   b, h, d, rng = 2, 4, 6, np.random.default_rng(0)
   q = rng.normal(size=(b, new, h, d)).astype(np.float32)
-  k, v = rng.normal(size=(2, b, new, kv_heads, d)).astype(np.float32)
+  k, v = rng.normal(size=(2, b, kv_heads, new, d)).astype(np.float32)
   context, lengths = None, [0] * b
   if cached:
     lengths = [0, 3]  # an empty row, and one filled in part: what lies beyond must not be seen
-    keys, values = rng.normal(size=(2, b, cached, kv_heads, d)).astype(np.float32)
+    keys, values = rng.normal(size=(2, b, kv_heads, cached, d)).astype(np.float32)
     context = Context(*map(jnp.asarray, (keys, values, np.asarray(lengths, np.int32))))
   out = np.asarray(attend(*map(jnp.asarray, (q, k, v)), context))
   for i, length in enumerate(lengths):
-    past = (keys[i, :length], values[i, :length]) if cached else (k[i, :0], v[i, :0])
+    past = (keys[i, :, :length], values[i, :, :length]) if cached else (k[i, :, :0], v[i, :, :0])
     all_k, all_v = (
-      np.repeat(np.concatenate([p, x[i]]), h // kv_heads, axis=1) for p, x in zip(past, (k, v))
+      np.repeat(np.concatenate([p, x[i]], axis=1), h // kv_heads, axis=0).swapaxes(0, 1)
+      for p, x in zip(past, (k, v))
     )
     visible = np.concatenate(
       [np.ones((new, length), bool), np.tril(np.ones((new, new), bool))], axis=1
@@ -47,10 +48,11 @@ def test_rows_in_several_passes_are_the_same(monkeypatch, limit, cached):
   """Where logits would be too large: one row of five at a time, or a few."""
   rng = np.random.default_rng(0)
   b, t, h, k, d, s = 5, 3, 4, 2, 8, 6
-  q, keys, values = (jnp.asarray(rng.normal(size=(b, t, n, d)), jnp.float32) for n in (h, k, k))
+  shapes = (b, t, h, d), (b, k, t, d), (b, k, t, d)
+  q, keys, values = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
   context = None
   if cached:
-    kv = jnp.asarray(rng.normal(size=(2, b, s, k, d)), jnp.float32)
+    kv = jnp.asarray(rng.normal(size=(2, b, k, s, d)), jnp.float32)
     context = Context(*kv, jnp.array([0, 6, 3, 1, 2]))
   whole = attend(q, keys, values, context)
   monkeypatch.setattr(attention, 'MAX_ATTENTION_LOGITS', limit)
@@ -64,15 +66,15 @@ def test_what_rows_share_is_as_if_each_had_it(kv_heads):
   """Each row sees its own part of it, the first positions, in shared pages of one position."""
   rng = np.random.default_rng(0)
   b, t, h, d, s, p = 5, 3, 4, 8, 6, 4
-  q, k, v = (
-    jnp.asarray(rng.normal(size=(b, t, n, d)), jnp.float32) for n in (h, kv_heads, kv_heads)
-  )
-  own, shared = rng.normal(size=(2, b, s, kv_heads, d)), rng.normal(size=(2, p, kv_heads, d))
+  shapes = (b, t, h, d), (b, kv_heads, t, d), (b, kv_heads, t, d)
+  q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+  own, shared = rng.normal(size=(2, b, kv_heads, s, d)), rng.normal(size=(2, kv_heads, p, d))
   lengths, common = np.array([0, 6, 3, 1, 2], np.int32), np.array([4, 0, 2, 3, 4], np.int32)
-  each = np.zeros((2, b, p + s, kv_heads, d), np.float32)
+  each = np.zeros((2, b, kv_heads, p + s, d), np.float32)
   for row in range(b):
     n, m = common[row], lengths[row]
-    each[:, row, :n], each[:, row, n : n + m] = shared[:, :n], own[:, row, :m]
+    each[:, row, :, :n] = shared[:, :, :n]
+    each[:, row, :, n : n + m] = own[:, row, :, :m]
   total = jnp.asarray(lengths + common)
   wanted = attend(q, k, v, Context(*map(jnp.asarray, each), total))
   own, shared = (jnp.asarray(x, jnp.float32) for x in (own, shared))

@@ -15,7 +15,7 @@ LENGTHS = np.asarray([0, S - 1, S, 3], np.int32)  # empty, nearly full, full, an
 
 def _cache(lead, tokens=1):
   keys, values, new_keys, new_values = (
-    jax.random.normal(jax.random.key(i), (*lead, B, size, K, Q))
+    jax.random.normal(jax.random.key(i), (*lead, B, K, size, Q))
     for i, size in enumerate((S, S, tokens, tokens))
   )
   return KVCache(keys, values, jnp.asarray(LENGTHS)), new_keys, new_values
@@ -35,7 +35,7 @@ def test_each_row_is_written_at_its_end(write, lead, tokens, counts):
       count = min(
         S - length, tokens if counts is None else counts[row]
       )  # what finds no room is dropped
-      expected[..., row, length : length + count, :, :] = np.asarray(wanted)[..., row, :count, :, :]
+      expected[..., row, :, length : length + count, :] = np.asarray(wanted)[..., row, :, :count, :]
     np.testing.assert_array_equal(found, expected)
 
 
@@ -44,8 +44,8 @@ def test_a_tuple_of_layers_is_appended_to():
   layers = KVCache((cache.keys,) * 2, (cache.values,) * 2, cache.lengths)
   appended = jax.jit(kv_cache.append)(layers, (keys, keys + 1), (values, values + 1))
   np.testing.assert_array_equal(appended.lengths, LENGTHS + 1)
-  np.testing.assert_array_equal(appended.keys[1][3, 3], keys[3, 0] + 1)
-  np.testing.assert_array_equal(appended.values[0][0, 0], values[0, 0])
+  np.testing.assert_array_equal(appended.keys[1][3, :, 3], keys[3, :, 0] + 1)
+  np.testing.assert_array_equal(appended.values[0][0, :, 0], values[0, :, 0])
 
 
 @pytest.mark.parametrize('tokens', [1, 3, 40])
@@ -54,8 +54,8 @@ def test_a_tuple_of_layers_is_appended_to():
 def test_units_and_scales_are_written_alike(write, size, tokens):
   """Windows of whole tiles are written where the cache has whole tiles alone."""
   lengths = jnp.asarray([0, 31, size - 1, size])
-  keys, values = (jax.random.normal(jax.random.key(i), (2, B, size, K, Q)) for i in range(2))
-  new = [jax.random.normal(jax.random.key(2 + i), (2, B, tokens, K, Q)) for i in range(2)]
+  keys, values = (jax.random.normal(jax.random.key(i), (2, B, K, size, Q)) for i in range(2))
+  new = [jax.random.normal(jax.random.key(2 + i), (2, B, K, tokens, Q)) for i in range(2)]
   counts = np.minimum(tokens, [tokens, 2, tokens, tokens]).astype(np.int32)
   int8 = lambda x: to_cache(x, 'int8')
   found = jax.jit(write)(KVCache(int8(keys), int8(values), lengths), *map(int8, new), counts)

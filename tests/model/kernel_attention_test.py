@@ -40,8 +40,8 @@ def _random(rng, *shape, dtype='float32'):
 def test_a_layer_over_each_rows_positions(new, dtype):
   rng = np.random.default_rng(new)
   q = _random(rng, 3, new, 4, 8)
-  k, v = (_random(rng, 3, new, 1, 8, dtype=dtype) for _ in range(2))
-  cached = (_random(rng, 3, 40, 1, 8, dtype=dtype) for _ in range(2))
+  k, v = (_random(rng, 3, 1, new, 8, dtype=dtype) for _ in range(2))
+  cached = (_random(rng, 3, 1, 40, 8, dtype=dtype) for _ in range(2))
   context = Context(*cached, jnp.array([0, 40, 17], jnp.int32))
   wanted = attend(q, k, v, context)
   np.testing.assert_allclose(KERNEL.attend(q, k, v, context), wanted, atol=2e-5)
@@ -49,13 +49,11 @@ def test_a_layer_over_each_rows_positions(new, dtype):
 
 @pytest.mark.parametrize('rows', [1, 4])
 def test_a_layer_over_pages_and_shared_pages(rows):
-  """A row sees the first shared pages; on a shard with one row, its pages are one dense array."""
+  """A row sees the first shared pages."""
   rng, size, pages, shared = np.random.default_rng(rows), 8, 3 * rows, 3
   q = _random(rng, rows, 2, 4, 8)
-  k, v = (_random(rng, rows, 2, 1, 8) for _ in range(2))
-  keys, values = (_random(rng, pages, size, 1, 8) for _ in range(2))
-  if rows == 1:
-    keys, values = (x.reshape(1, -1, 1, 8) for x in (keys, values))
+  k, v = (_random(rng, rows, 1, 2, 8) for _ in range(2))
+  keys, values = (_random(rng, pages, 1, size, 8) for _ in range(2))
   sees = rng.integers(0, shared + 1, rows)
   owners = np.repeat(np.arange(rows), 3)
   starts = np.tile(np.arange(3), rows) * size + sees[owners] * size
@@ -64,7 +62,7 @@ def test_a_layer_over_pages_and_shared_pages(rows):
     keys,
     values,
     *(jnp.asarray(x, jnp.int32) for x in (lengths, owners, starts)),
-    *(_random(rng, shared * size, 1, 8) for _ in range(2)),
+    *(_random(rng, 1, shared * size, 8) for _ in range(2)),
     jnp.asarray(np.arange(shared)[None, :] < sees[:, None]),
     jnp.arange(shared, dtype=jnp.int32) * size,
   )

@@ -92,7 +92,7 @@ class Pool:
       for m in range(WIDTH):
         at = np.s_[m * size : (m + 1) * size]
         if m < sees:  # its own page in the dense cache is what it shares
-          copy(dense_kv, shared_kv, lambda x, m=m: x[..., m, :, :, :], row, at)
+          copy(dense_kv, shared_kv, lambda x, m=m: x[..., m, :, :], row, at)
           continue
         page = table[row, m] = rng.choice(np.setdiff1d(free, table[row]))
         which = shard * self.local + page
@@ -127,7 +127,7 @@ class Pool:
     return jax.tree.map(place, spec, cache)
 
   def as_dense(self, paged):
-    """Keys and values of all rows of a cache in pages, [.., B, WIDTH * S, K, Q]."""
+    """Keys and values of all rows of a cache in pages, [.., B, K, WIDTH * S, Q]."""
 
     def gather(x, shared):
       out = []
@@ -136,10 +136,10 @@ class Pool:
         sees = self.visible[row].sum()
         at = shard * self.local + self.table[row]
         parts = [
-          np.take(shared, m, -4) if m < sees else np.take(np.asarray(x), at[m], -4)
+          np.take(shared, m, -3) if m < sees else np.take(np.asarray(x), at[m], -4)
           for m in range(WIDTH)
         ]
-        out.append(np.concatenate(parts, axis=-3))
+        out.append(np.concatenate(parts, axis=-2))
       return np.stack(out, axis=-4)
 
     kv = paged.keys, paged.values
@@ -149,12 +149,12 @@ class Pool:
 
 def copy(dense_kv, shared_kv, of, row, at):
   for x, shared in zip(jax.tree.leaves(dense_kv), jax.tree.leaves(shared_kv)):
-    x[..., row, at, :, :] = of(shared)
+    x[..., row, :, at, :] = of(shared)
 
 
 def copy_out(pages_kv, page, dense_kv, row, at):
   for x, dense in zip(jax.tree.leaves(pages_kv), jax.tree.leaves(dense_kv)):
-    x[..., page, :, :, :] = dense[..., row, at, :, :]
+    x[..., page, :, :, :] = dense[..., row, :, at, :]
 
 
 @pytest.mark.parametrize('case', range(len(CASES)), ids=lambda i: ':'.join(map(str, CASES[i])))
@@ -194,17 +194,15 @@ def test_tokens_are_written_across_pages(write, tokens, dtype, size):
   counts = np.asarray([tokens, tokens, tokens, tokens, 0, 1, tokens, 1], np.int32)
   table = rng.permutation(rows * 3).reshape(rows, 3).astype(np.int32)
   held = lambda *shape: to_cache(jnp.asarray(rng.normal(size=shape), jnp.float32), dtype)
-  pool = [held(layers, rows * 3, size, heads, width) for _ in range(2)]
-  new = [held(layers, rows, tokens, heads, width) for _ in range(2)]
+  pool = [held(layers, rows * 3, heads, size, width) for _ in range(2)]
+  new = [held(layers, rows, heads, tokens, width) for _ in range(2)]
   nobody = jnp.zeros(rows * 3, jnp.int32)
   cache = PagedCache(*pool, jnp.asarray(lengths), jnp.asarray(table), nobody, nobody)
   found = jax.jit(write)(cache, *new, counts)
-  dense = jax.tree.map(lambda x: x[:, table].reshape(layers, rows, -1, heads, x.shape[-1]), pool)
+  joined = lambda x: jnp.concatenate(jnp.moveaxis(x[:, table], 2, 0), axis=-2)
+  dense = jax.tree.map(joined, pool)
   wanted = jax.jit(kv_cache._scatter)(KVCache(*dense, jnp.asarray(lengths)), *new, counts)
-  back = jax.tree.map(
-    lambda x: x[:, table].reshape(layers, rows, -1, heads, x.shape[-1]), tuple(found)
-  )
-  jax.tree.map(np.testing.assert_array_equal, back, tuple(wanted))
+  jax.tree.map(np.testing.assert_array_equal, jax.tree.map(joined, tuple(found)), tuple(wanted))
 
 
 @pytest.mark.parametrize('case', [0, 2, 3, 4, 8])
@@ -217,7 +215,7 @@ def test_a_row_is_inserted_into_its_pages_alone(case):
   length = 2 * size + 3
   heads = len(engine.model.cache_sharding(rows).heads.cached())
   lead = (engine.model.config.num_layers,) if stacked else ()
-  shape = (*lead, 1, length + 2, heads, engine.model.config.d_head)
+  shape = (*lead, 1, heads, length + 2, engine.model.config.d_head)
   layers = lambda: shape_like(shape, stacked, engine.model.config.num_layers)
   one = KVCache(*pool.random((layers(), layers())), np.asarray([length], np.int32))
   with_row = insert_row(
@@ -235,10 +233,10 @@ def test_a_row_is_inserted_into_its_pages_alone(case):
   shared = jax.tree.map(np.array, (pool.paged.shared.keys, pool.paged.shared.values))
   first = pool.local * (row // pool.each)
   for x, part, new in zip(*map(jax.tree.leaves, (wanted, shared, (one.keys, one.values)))):
-    new = np.pad(new[..., 0, :, :, :], [(0, 0)] * len(lead) + [(0, size), (0, 0), (0, 0)])
+    new = np.pad(new[..., 0, :, :, :], [(0, 0)] * len(lead) + [(0, 0), (0, size), (0, 0)])
     for m in (1, 2):
-      x[..., first + pool.table[row, m], :, :, :] = new[..., m * size : (m + 1) * size, :, :]
-    part[..., 1, :, :, :] = new[..., :size, :, :]
+      x[..., first + pool.table[row, m], :, :, :] = new[..., m * size : (m + 1) * size, :]
+    part[..., 1, :, :] = new[..., :size, :]
   filled = lambda kv: jax.tree.map(np.asarray, kv)
   jax.tree.map(np.testing.assert_array_equal, filled((with_row.keys, with_row.values)), wanted)
   jax.tree.map(

@@ -155,10 +155,10 @@ def test_a_full_row_drops_its_write_and_the_others_do_not(stacked):
   arrays = [jax.tree.leaves((cache.keys, cache.values)) for cache in (before, after)]
   assert len(arrays[0]) == (2 if stacked else 2 * config.num_layers)
   for old, new in zip(*arrays):
-    old, new = np.moveaxis(old, -4, 0), np.moveaxis(new, -4, 0)  # [B, (L,) S, K, Q]
+    old, new = np.moveaxis(old, -4, 0), np.moveaxis(new, -4, 0)  # [B, (L,) K, S, Q]
     np.testing.assert_array_equal(new[0], old[0])
-    assert np.all(new[1][..., 2, :, :] != old[1][..., 2, :, :])
-    np.testing.assert_array_equal(np.delete(new[1], 2, axis=-3), np.delete(old[1], 2, axis=-3))
+    assert np.all(new[1][..., 2, :] != old[1][..., 2, :])
+    np.testing.assert_array_equal(np.delete(new[1], 2, axis=-2), np.delete(old[1], 2, axis=-2))
 
 
 @pytest.mark.parametrize(

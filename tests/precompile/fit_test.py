@@ -43,7 +43,7 @@ class Compiler:
 def test_arithmetic_counts_weights_and_cache():
   weights, cache = fit.held_bytes(LARGE, dict(x=4, y=2, z=2))
   assert weights == pytest.approx(2 * LARGE.config.num_params / 16, rel=0.01)
-  # [L, B, S, K, Q] of keys and of values, in 2 bytes, rows over all 16 chips.
+  # [L, B, K, S, Q] of keys and of values, in 2 bytes, rows over all 16 chips.
   assert cache == pytest.approx(2 * 2 * 64 * 512 * 8192 * 256 / 16, rel=1e-6)
 
 

@@ -197,7 +197,7 @@ def test_the_report_tells_the_time_of_one(phase, unit):
   # How many pages an insertion copies is known only when it runs.
   assert ('the trip count of loop' in text) == (phase == 'admit')
   memory, data = answer.program.memory, report_dict(answer)
-  # [L, B, S, K, Q] of keys and of values in 2 bytes: 2 of the 16 rows on each of 8 chips, and with
+  # [L, B, K, S, Q] of keys and of values in 2 bytes: 2 of the 16 rows on each of 8 chips, and with
   # pages one more of 128 positions.
   positions = 16 // 8 * 512 + (0 if phase == 'extend' else 128)
   assert memory.cache == pytest.approx(2 * 2 * 3 * positions * 256, rel=0.01)

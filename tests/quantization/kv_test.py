@@ -57,8 +57,8 @@ def test_attention_is_that_over_what_the_units_stand_for(kv_heads, shared):
   b, t, h, d, s, p = 3, 2, 4, 8, 5, 3
   q = jnp.asarray(rng.normal(size=(b, t, h, d)), jnp.float32)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  new, cached = (to_cache(normal(2, b, n, kv_heads, d), 'int8') for n in (t, s))
-  begins = to_cache(normal(2, p, kv_heads, d) * 3, 'int8')
+  new, cached = (to_cache(normal(2, b, kv_heads, n, d), 'int8') for n in (t, s))
+  begins = to_cache(normal(2, kv_heads, p, d) * 3, 'int8')
   lengths, common = jnp.array([0, 5, 2]), jnp.array([3, 0, 2])
   seen = jnp.arange(p)[None, :] < common[:, None]  # of shared pages of one position
 

@@ -130,9 +130,9 @@ def _layer_weights(config: ModelConfig, placed: ActivationSharding, mesh, int8: 
 def _cached(
   config: ModelConfig, placed: ActivationSharding, mesh, *lead: int
 ) -> jax.ShapeDtypeStruct:
-  """[*lead, S, K, Q] of a cache, copies and padding of heads included."""
-  heads = placed.heads.kv_heads * math.prod(mesh.shape[a] for a in placed.cache[2] or ())
-  return jax.ShapeDtypeStruct((*lead, CACHE, heads, config.d_head), jnp.float32)
+  """[*lead, K, S, Q] of a cache, copies and padding of heads included."""
+  heads = placed.heads.kv_heads * math.prod(mesh.shape[a] for a in placed.cache[1] or ())
+  return jax.ShapeDtypeStruct((*lead, heads, CACHE, config.d_head), jnp.float32)
 
 
 def layer_collectives(
