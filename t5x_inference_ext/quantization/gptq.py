@@ -4,10 +4,8 @@ For inputs x, the squared error of a channel's products is e' H e: e is the erro
 weights, and H, the *Hessian*, the sum of x x' over all inputs. The weights are rounded one input
 after the other. Each is moved first, so that it makes up for the errors of those before it. GPTQ
 does that with a factor of H's inverse. Here it is done with H's own factor R, H = R R' with R upper
-triangular, as in Babai's nearest plane: the values are equal, and nothing is inverted.
-
-With H in place of R, the same sweep moves each weight to make up for the errors of all others. Such
-sweeps, each after a fit of the scales, can only lower the error; they follow GPTQ's own.
+triangular, as in Babai's nearest plane: the values are equal, and nothing is inverted. At last each
+channel's scale is fitted to its integers.
 """
 
 import functools
@@ -23,10 +21,8 @@ from t5x_inference_ext.quantization.rounding import searched, units_range
 # Parts of the mean of H's diagonal to add to it: otherwise inputs that the calibration text does
 # not have would leave weights undetermined. The first one with a factor in float32 is taken.
 DAMPINGS = (0.01, 0.1, 1.0)
-# Rows that a sweep rounds between two matmuls.
+# Rows that are rounded between two matmuls.
 _BLOCK = 128
-# Sweeps by H after the first one by R.
-_REFINEMENTS = 3
 
 Matrix = Float[Array, 'rows columns']
 Channels = Float[Array, ' columns']
@@ -58,60 +54,56 @@ def quantize(
   # Backwards, R is the lower triangular factor of H backwards.
   factor = lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
   scale = _first_scale(w, jnp.diagonal(damped), dtype)
-  units = sweep(w, jnp.zeros_like(w), scale, factor, dtype)
-  for _ in range(_REFINEMENTS):
-    scale = _fitted_scale(w, units, scale, damped)
-    units = sweep(w, w - units * scale[None], scale, damped, dtype)
+  units = rounded_by_factor(w, scale, factor, dtype)
   scale = _fitted_scale(w, units, scale, damped)
   error = w - units * scale[None]
   loss = _products(error, h, error) / jnp.maximum(_products(w, h, w), jnp.finfo(h.dtype).tiny)
   return units[jnp.argsort(order)], scale, loss
 
 
-def sweep(w: Matrix, error: Matrix, scale: Channels, m: Square, dtype: np.dtype) -> Matrix:
-  """Round the rows of w one after the other, each moved against the errors of other rows.
+def rounded_by_factor(w: Matrix, scale: Channels, factor: Square, dtype: np.dtype) -> Matrix:
+  """Round the rows of w one after the other, each moved against the errors of those before it.
 
   Args:
     w: The weights.
-    error: w - units * scale before the sweep; zeros before the first one.
     scale: Scales of the channels.
-    m: R for the first sweep, else H.
+    factor: R, the upper triangular factor of the Hessian.
     dtype: int8 or int4.
 
   Returns:
     The units.
   """
-  rows, columns = w.shape
+  rows = w.shape[0]
   size = min(_BLOCK, rows)
   low, high = units_range(dtype)
-  padding = ((0, -rows % size), (0, 0))
-  w, error = jnp.pad(w, padding), jnp.pad(error, padding)
-  m = jnp.pad(m, (padding[0], padding[0]))
-  diagonal = jnp.where(jnp.arange(w.shape[0]) < rows, jnp.diagonal(m), 1)
+  padding = 0, -rows % size
+  w = jnp.pad(w, (padding, (0, 0)))
+  diagonal = jnp.pad(jnp.diagonal(factor), padding, constant_values=1)
+  factor = jnp.pad(factor, (padding, padding))
 
   def row(i: jax.Array, state: tuple[jax.Array, ...], block: jax.Array) -> tuple[jax.Array, ...]:
     within, sums, errors, units = state
-    mine, before = diagonal[block * size + i], errors[i]
-    target = w[block * size + i] + sums[i] / mine - before
+    own = w[block * size + i]
+    target = own + sums[i] / diagonal[block * size + i]
     rounded = jnp.clip(jnp.round(target / scale), low, high)
-    after = w[block * size + i] - rounded * scale
-    sums = sums + within[i][:, None] * (after - before)[None]
-    return within, sums, errors.at[i].set(after), units.at[i].set(rounded)
+    error = own - rounded * scale
+    sums = sums + within[i][:, None] * error[None]
+    return within, sums, errors.at[i].set(error), units.at[i].set(rounded)
 
   def rows_of(block: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    error, units = state
+    errors, units = state
     start = block * size
-    columns_of_m = lax.dynamic_slice_in_dim(m, start, size, 1)
-    sums = _dot(columns_of_m.T, error)
-    within = lax.dynamic_slice_in_dim(columns_of_m, start, size, 0)
-    errors = lax.dynamic_slice_in_dim(error, start, size, 0)
-    _, _, errors, found = lax.fori_loop(
-      0, size, functools.partial(row, block=block), (within, sums, errors, jnp.zeros_like(errors))
-    )
+    columns = lax.dynamic_slice_in_dim(factor, start, size, 1)
+    sums = _dot(columns.T, errors)  # errors of later rows are still 0
+    within = lax.dynamic_slice_in_dim(columns, start, size, 0)
+    empty = jnp.zeros_like(sums)
+    step = functools.partial(row, block=block)
+    _, _, own, found = lax.fori_loop(0, size, step, (within, sums, empty, empty))
     put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
-    return put(error, errors), put(units, found)
+    return put(errors, own), put(units, found)
 
-  return lax.fori_loop(0, w.shape[0] // size, rows_of, (error, jnp.zeros_like(w)))[1][:rows]
+  zeros = jnp.zeros_like(w)
+  return lax.fori_loop(0, w.shape[0] // size, rows_of, (zeros, zeros))[1][:rows]
 
 
 def _first_scale(w: Matrix, diagonal: Float[Array, ' rows'], dtype: np.dtype) -> Channels:
