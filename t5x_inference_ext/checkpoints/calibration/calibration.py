@@ -133,7 +133,7 @@ class Calibration:
   def _relative_bias(self) -> jax.Array | None:
     """Return T5's bias of attention by distance, if the model has one."""
     tensor = self._packed.get('relative_bias')
-    return tensor and load_tensor(self._source, self._model, tensor, None)
+    return None if tensor is None else load_tensor(self._source, self._model, tensor, None)
 
   def _batches(self) -> Iterator[slice]:
     rows, length = self._rows.inputs.shape

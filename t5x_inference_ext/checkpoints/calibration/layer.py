@@ -127,7 +127,9 @@ class CalibratedLayer:
   ) -> tuple[np.ndarray, np.ndarray]:
     """Return units int8 and scales, with as much damping as float32 needs."""
     for damping in gptq.DAMPINGS:
-      units, scale, _ = passes.quantize(jnp.asarray(w), hessian, self._dtypes[names[0]], damping)
+      units, scale, _ = passes.quantize_matrix(
+        jnp.asarray(w), hessian, self._dtypes[names[0]], damping
+      )
       units, scale = np.asarray(units), np.asarray(scale)
       if np.isfinite(units).all() and np.isfinite(scale).all():
         return units.astype(np.int8), scale

@@ -93,7 +93,7 @@ def run_layer(
   return _on_one_device(model, on_device)(weights, relative_bias, x, counted)
 
 
-quantize = jax.jit(gptq.quantize, static_argnums=2)
+quantize_matrix = jax.jit(gptq.quantize, static_argnums=2)
 
 
 def add_hessians(total: dict[str, np.ndarray], hessians: Hessians) -> None:
