@@ -8,7 +8,7 @@ import pytest
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import convert, open_checkpoint
 from t5x_inference_ext.checkpoints.calibration import passes
-from t5x_inference_ext.checkpoints.calibration.rows import read_rows
+from t5x_inference_ext.checkpoints.calibration.rows import read_calibration
 from t5x_inference_ext.checkpoints.conversion import files
 from t5x_inference_ext.checkpoints.conversion.verify import verify
 from t5x_inference_ext.checkpoints.load import load_weights
@@ -164,17 +164,17 @@ def test_rows_of_a_text(palm_tiny, tmp_path):
   path, checkpoint = tmp_path / 'text', open_checkpoint(palm_tiny)
   text = 'def main():\n  return 1\n' * 60  # 1380 bytes: two whole rows
   path.write_text(text, encoding='utf-8')
-  rows = read_rows(str(path), checkpoint)
+  rows = read_calibration(str(path), checkpoint)
   ids = np.reshape(checkpoint.vocabulary.encode(text)[:1024], (2, 512))
   np.testing.assert_array_equal(rows.inputs[:, 1:], ids[:, :-1])
   assert (rows.inputs[:, 0] == checkpoint.bos_id).all() and rows.counted.all()
   path.write_text('short', encoding='utf-8')
-  assert read_rows(str(path), checkpoint).inputs.shape == (1, 5)
+  assert read_calibration(str(path), checkpoint).inputs.shape == (1, 5)
 
 
 def test_zeros_at_the_end_of_a_row_do_not_count(palm_tiny, tmp_path):
   np.save(tmp_path / 'ids.npy', [[5, 0, 7, 0, 0], [0] * 5, [1, 2, 3, 4, 0]])
-  rows = read_rows(str(tmp_path / 'ids.npy'), open_checkpoint(palm_tiny))
+  rows = read_calibration(str(tmp_path / 'ids.npy'), open_checkpoint(palm_tiny))
   np.testing.assert_array_equal(rows.inputs, [[0, 5, 0, 7], [0, 1, 2, 3]])
   np.testing.assert_array_equal(rows.counted, [[1, 1, 1, 0], [1, 1, 1, 1]])
 

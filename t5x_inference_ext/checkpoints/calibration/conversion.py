@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any
 
 from t5x_inference_ext.checkpoints.calibration.calibration import Calibration
-from t5x_inference_ext.checkpoints.calibration.rows import read_rows
+from t5x_inference_ext.checkpoints.calibration.rows import read_calibration
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.conversion.conversion import Conversion, ConversionProgress
 from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions, Report
@@ -30,7 +30,7 @@ class CalibratedConversion(Conversion):
 
     Args:
       source: The checkpoint to read.
-      text: The file to calibrate with (rows.read_rows).
+      text: The file to calibrate with (rows.read_calibration).
       options: The options.
       work: The work directory, which also keeps rounded layers.
       progress: Called after every matrix and every block.
@@ -43,7 +43,7 @@ class CalibratedConversion(Conversion):
     self._float_source = source
     weights = with_bits(options.weights, options.bits or '', source.config)
     self._calibration = Calibration(
-      source, read_rows(text, source), weights, work.calibration, progress
+      source, read_calibration(text, source), weights, work.calibration, progress
     )
     super().__init__(self._calibration.rounded, options, work.payload, progress)
 

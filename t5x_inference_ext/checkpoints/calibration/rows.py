@@ -38,7 +38,7 @@ class CalibrationRows:
     return f'{self.path}, {rows} rows of {length} tokens, CRC-32 {self.crc32:08x}'
 
 
-def read_rows(path: str, source: Checkpoint) -> CalibrationRows:
+def read_calibration(path: str, source: Checkpoint) -> CalibrationRows:
   """Read a calibration text.
 
   Args:
