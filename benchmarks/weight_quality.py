@@ -95,7 +95,7 @@ def calibration_tokens(checkpoint, rows: int) -> np.ndarray:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--model', default=str(BUNDLED))
-  parser.add_argument('--rows', type=int, default=32)
+  parser.add_argument('--rows', type=int, default=16)
   parser.add_argument('--kinds', nargs='+', default=list(CONVERTED), choices=list(CONVERTED))
   arguments = parser.parse_args()
   jax.config.update('jax_default_matmul_precision', 'highest')
