@@ -75,14 +75,19 @@ class ProgressBar:
 
 
 class PassProgress:
-  """A progress bar for each pass over the data: convert, verify, upload. Passes may overlap."""
+  """A progress bar for each pass over the data: calibrate, convert, verify, upload.
+
+  Passes may overlap.
+  """
 
   def __init__(self) -> None:
     self._bars: dict[str, ProgressBar] = {}
 
   def __call__(self, what: str, done: int, total: int) -> None:
     """Show that `done` of `total` bytes are done. `what` begins with the name of the pass."""
-    name = next((n for n in ('verify', 'upload') if what.startswith(f'{n} ')), 'convert')
+    name = next(
+      (n for n in ('verify', 'upload', 'calibrate') if what.startswith(f'{n} ')), 'convert'
+    )
     if name not in self._bars:
       self._bars[name] = ProgressBar(name, total, is_bytes=True)
     self._bars[name].advance(done)

@@ -55,7 +55,7 @@ FLOORS = (
 # planner may import precompile for `--check` alone; tests/planner holds it to doing so lazily.
 
 # Modules whose functions are compiled; nothing else calls jax.jit.
-JITTED = ('engine/programs.py', 'precompile/', 't5x/')
+JITTED = ('checkpoints/calibration/', 'engine/programs.py', 'precompile/', 't5x/')
 
 # Public names that several modules define on purpose, and why.
 SHARED_NAMES = {

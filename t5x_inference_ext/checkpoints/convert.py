@@ -34,6 +34,7 @@ def convert(
   vocabulary: str | None = None,
   staging: str | None = None,
   adapter: str | None = None,
+  calibration: str | None = None,
   found: Callable[[Checkpoint], None] = lambda checkpoint: None,
   planned: Callable[[str], None] = lambda line: None,
   progress: ConversionProgress = lambda what, done, total: None,
@@ -53,6 +54,8 @@ def convert(
       a tokenizer.json; None: the source's own, else bytes for a model of 384 rows.
     staging: Local directory in which an output in a bucket is made before it is uploaded.
     adapter: LoRA or (IA)^3 to fold into the weights; a directory that PEFT saved.
+    calibration: File of token ids (.npy) or text, for whose activations int8 or int4 weights are
+      rounded by GPTQ.
     found: Function that is called with the opened checkpoint.
     planned: Function that is called with each line of the plan's description.
     progress: Called after every block.
@@ -76,7 +79,14 @@ def convert(
     source = fold_adapter(source, read_adapter(adapter, source))
   source = _with_vocabulary(source, vocabulary, convert_options)
   found(source)
-  conversion = Conversion(source, convert_options, work.payload, progress)
+  if calibration is None:
+    conversion = Conversion(source, convert_options, work.payload, progress)
+  else:  # imports jax, which other conversions do without
+    from t5x_inference_ext.checkpoints.calibration.conversion import CalibratedConversion
+
+    conversion = CalibratedConversion(
+      source, os.fspath(calibration), convert_options, work, progress
+    )
   if staged is None:
     return _convert(conversion, work, planned)
   try:

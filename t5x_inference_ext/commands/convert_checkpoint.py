@@ -43,6 +43,12 @@ with its source:
   python -m t5x_inference_ext.convert_checkpoint --verify --output=/tmp/palm_tiny_int8 \
       --input=CHECKPOINT
 
+--calibration rounds by GPTQ, for the activations of a text. Rounded layers are kept in
+OUTPUT.unfinished, so that a killed run loses one layer at most:
+
+  python -m t5x_inference_ext.convert_checkpoint --input=CHECKPOINT --output=/tmp/palm_tiny_int4 \
+      --weights=int4 --calibration=TOKENS.npy
+
 --report writes the effect of rounding as a table and a plot, during the conversion or later for a
 finished output. Given tokens, the report has the losses of both models on them:
 
@@ -104,6 +110,12 @@ class SourceOptions:
   adapter: str | None = option(
     None,
     help='LoRA or (IA)^3 to fold into the weights: a directory that PEFT saved, for --input.',
+    group=COMMON,
+  )
+  calibration: str | None = option(
+    None,
+    help='Round int8 or int4 weights by GPTQ, for the activations of this file: token ids [rows, '
+    'length] (.npy), or a UTF-8 text.',
     group=COMMON,
   )
   staging: str | None = option(

@@ -99,8 +99,7 @@ class Layer:
       w = keep_slices_apart(weights[part.name], part, sharding, self.config)
       summed = sharding.reduce_scatter_dim(part) is not None
       adapters = self._adapters(part)
-      overlaps = self.parts.count > 1
-      projects = [projections(sharding, part, overlaps, each) for each in adapters]
+      projects = [self._projections(part, each) for each in adapters]
       columns = [self._columns(each, project, w, part) for each, project in zip(x, projects)]
       outputs: list[list[jax.Array]] = [[] for _ in x]
       if part.attention:
@@ -136,6 +135,12 @@ class Layer:
       )
     assert kv is not None, 'a layer has one block part with attention'
     return x, kv
+
+  def _projections(
+    self, part: BlockPart, adapters: RowAdapters | None
+  ) -> WeightStationary | WeightGathered:
+    """Return the matmuls of a block part."""
+    return projections(self.sharding, part, self.parts.count > 1, adapters)
 
   def _rows(self, axes: Axes) -> Int[Array, ' b'] | None:
     """Return the adapters of this shard's rows, which `axes` split."""

@@ -140,7 +140,7 @@ class WeightStationary:
       w: The weights.
     """
     layout = self.sharding.layout
-    y = _side_by_side(columns, w.w_out.shape[0])
+    y = side_by_side(columns, w.w_out.shape[0])
     dim = self.sharding.reduce_scatter_dim(self.block_part)
     if dim is not None:
       y = ops.all_gather(y, layout.embed_axes, dim)
@@ -157,7 +157,7 @@ class WeightStationary:
     return ops.reduce_scatter(y, layout.hidden_axes, split)
 
 
-def _side_by_side(columns: list[jax.Array], width: int) -> jax.Array:
+def side_by_side(columns: list[jax.Array], width: int) -> jax.Array:
   """Concatenate columns to a total of `width`, in place in the first array if it has room.
 
   On a TPU, a concatenation or padding the first array is one more pass over all the data. On a CPU,

@@ -1,1 +1,1 @@
-"""Int8: rounding of weights, matmuls by int8 weights, and int8 keys and values of a KV cache."""
+"""Int8 and int4: rounding of weights, matmuls by them, and int8 keys and values of a KV cache."""

@@ -46,7 +46,7 @@ def searched(dtype: np.dtype) -> tuple[float, ...]:
   return _SEARCHED[bits_of(dtype)]
 
 
-def _units(dtype: np.dtype) -> tuple[int, int]:
+def units_range(dtype: np.dtype) -> tuple[int, int]:
   """Return the least and the largest unit: -127 and 127 for int8, -8 and 7 for int4."""
   largest = largest_unit(dtype)
   return (-largest if bits_of(dtype) == 8 else -largest - 1), largest
@@ -111,7 +111,7 @@ def rounded(
       before *= factors
     if is_quantized(out.dtype):
       after = before / factors
-      np.clip(np.rint(after, out=after), *_units(out.dtype), out=after)
+      np.clip(np.rint(after, out=after), *units_range(out.dtype), out=after)
       np.copyto(block, after, casting='unsafe')
       after *= factors
     else:
@@ -169,13 +169,13 @@ def squared_errors(
     integers do not depend on how a matrix is cut into blocks, nor on their order.
   """
   out = np.zeros((len(searched(dtype)), w.shape[0], w.shape[2]), np.int64)
-  units_range = _units(dtype)
+  low, high = units_range(dtype)
   for index in blocks(w):
     layers, _, columns = index
     block = w[index].astype(np.float32, copy=False)
     for i, factor in enumerate(searched(dtype)):
       units = block / (scale[layers, None, columns] * np.float32(factor))
-      error = units - np.clip(np.rint(units), *units_range)
+      error = units - np.clip(np.rint(units), low, high)
       out[i, layers, columns] += (
         np.rint(error * error * np.float32(SQUARE_UNITS)).astype(np.int64).sum(1)
       )

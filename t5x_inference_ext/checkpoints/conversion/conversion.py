@@ -146,7 +146,7 @@ class Conversion:
         self._publish(work, slices)
     except (CheckpointError, OSError) as e:
       # Remove the work directory if the source can't be converted, or if no slice is finished.
-      if alone and (isinstance(e, NotFinite) or not _slices(work)):
+      if alone and (isinstance(e, NotFinite) or not self._has_results(work)):
         with contextlib.suppress(OSError):
           work.discard()
       raise
@@ -161,6 +161,10 @@ class Conversion:
     if missing is not None:
       warn(f'{missing.path} is no longer complete: converting everything again')
     return missing is None
+
+  def _has_results(self, work: WorkDirectory) -> bool:
+    """Return whether the work directory has anything that another run can continue from."""
+    return bool(_slices(work))
 
   def _is_complete(self, slices: dict[int, _Record]) -> bool:
     return len(slices) > len(self.plan.slices)  # one more than in the plan, for the scales

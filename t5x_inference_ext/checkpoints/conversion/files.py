@@ -210,7 +210,7 @@ def truncate(path: str) -> None:
 
 
 def publish(directory: str, path: str) -> None:
-  """Rename a directory, whose files are on the disk, to its final name in one step."""
+  """Rename a directory or file, whose content is on the disk, to its final name in one step."""
   for root, _, _ in os.walk(directory):
     sync(root)
   os.rename(directory, path)
@@ -221,6 +221,12 @@ def remove(directory: str) -> None:
   """Remove a directory with everything in it, if it exists."""
   if os.path.lexists(directory):
     shutil.rmtree(directory)
+
+
+def remove_file(path: str) -> None:
+  """Remove a file, if it exists."""
+  with contextlib.suppress(FileNotFoundError):
+    os.remove(path)
 
 
 @contextlib.contextmanager

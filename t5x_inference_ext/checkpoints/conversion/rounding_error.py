@@ -45,6 +45,14 @@ class RoundingError:
       self.squares += _squares(after)
     return out
 
+  def add(self, before: np.ndarray, after: np.ndarray) -> None:
+    """Add the errors of float32 weights `after` in place of `before`."""
+    self.magnitude = max(self.magnitude, float(np.abs(before).max()))
+    self.norm += _squares(before)
+    difference = after - before
+    self.largest = max(self.largest, float(np.abs(difference).max()))
+    self.squares += _squares(difference)
+
   def merge(self, other: 'RoundingError') -> None:
     """Add the sums of another RoundingError."""
     self.largest = max(self.largest, other.largest)

@@ -11,6 +11,7 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints import serving, storage
 from t5x_inference_ext.checkpoints.adapters.folding import FOLDED_NOTE
+from t5x_inference_ext.checkpoints.calibration.rows import CALIBRATED_NOTE
 from t5x_inference_ext.checkpoints.checkpoint import TREES, open_checkpoint
 from t5x_inference_ext.checkpoints.conversion import t5x_output
 from t5x_inference_ext.checkpoints.conversion.conversion import Conversion, ConversionProgress
@@ -54,11 +55,11 @@ def verify(
   path = storage.normalize(path)
   manifest_name, manifest = read_manifest(path)
   small_files = check_manifest(path, manifest_name, manifest)
-  if source is not None and _has_folded_adapter(manifest):
-    raise CheckpointError(
-      f'{path} was made with an adapter folded in, so its values are not those of {source}: verify '
-      'it alone'
-    )
+  for note, how in (FOLDED_NOTE, 'an adapter folded in'), (CALIBRATED_NOTE, 'a calibration text'):
+    if source is not None and _has_note(manifest, note):
+      raise CheckpointError(
+        f'{path} was made with {how}, so its values are not those of {source}: verify it alone'
+      )
   tensors = serving.read_listed(path, _listed(manifest), manifest_name, cached=False)
   total = sum(t.nbytes for t in tensors.values())
   lock = threading.Lock()
@@ -184,7 +185,7 @@ def read_manifest(path: str) -> tuple[str, dict[str, Any]]:
   )
 
 
-def _has_folded_adapter(manifest: Mapping[str, Any]) -> bool:
+def _has_note(manifest: Mapping[str, Any], beginning: str) -> bool:
   source = manifest.get('source')
   notes = source.get('notes') if isinstance(source, dict) else None
-  return isinstance(notes, list) and any(str(note).startswith(FOLDED_NOTE) for note in notes)
+  return isinstance(notes, list) and any(str(n).startswith(beginning) for n in notes)

@@ -8,6 +8,7 @@ OUTPUT.unfinished/
   claims                byte i is locked by the shard that reads part i back
   journal-I.jsonl       the slices that shard I has finished, one per line
   checkpoint/           becomes OUTPUT by one rename
+  calibration/          layers that a calibration has rounded (calibration/results.py)
 """
 
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ class WorkDirectory:
     path: Absolute path of the output.
     root: Path of the work directory.
     payload: The unfinished checkpoint in the work directory.
+    calibration: The results of a calibration in the work directory.
   """
 
   def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -47,6 +49,7 @@ class WorkDirectory:
     self.path = storage.normalize(path)
     self.root = self.path + '.unfinished'
     self.payload = os.path.join(self.root, 'checkpoint')
+    self.calibration = os.path.join(self.root, 'calibration')
     self._marker = os.path.join(self.root, MARKER)
     self._shard, self._recording, self._record_lock = 0, False, threading.Lock()
 
@@ -216,6 +219,7 @@ class WorkDirectory:
       if name.startswith('journal-'):
         os.remove(os.path.join(self.root, name))
     files.remove(self.payload)
+    files.remove(self.calibration)
 
   def start(self, plan: dict[str, Any]) -> None:
     """Record that the payload's files are allocated for `plan`."""
@@ -270,6 +274,7 @@ class WorkDirectory:
 
   def clear(self) -> None:
     """Remove a work directory that has no payload. The marker file goes last."""
+    files.remove(self.calibration)
     while os.path.isdir(self.root):
       with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(self.root), key=lambda n: n == MARKER):

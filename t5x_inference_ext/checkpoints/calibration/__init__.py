@@ -1,0 +1,1 @@
+"""Calibration: rounding of a model's matrices by GPTQ, for the activations of a text."""
