@@ -16,13 +16,13 @@ from t5x_inference_ext.config import ModelConfig, preset  # noqa: E402
 from t5x_inference_ext.planner import figures  # noqa: E402
 from t5x_inference_ext.planner.choose import BATCHES, choose  # noqa: E402
 from t5x_inference_ext.planner.drawing import PublishedPoint  # noqa: E402
-from t5x_inference_ext.planner.gin_text import preset_name  # noqa: E402
 from t5x_inference_ext.planner.machine import Machine, known_machines  # noqa: E402
 from t5x_inference_ext.planner.request import PlanRequest  # noqa: E402
 from t5x_inference_ext.planner.sweep import sweep  # noqa: E402
 
 MODEL = preset('palm_540b')
-MODELS = 'palm_8b', 'palm_62b', 'palm_540b'
+# Model -> fewest and most chips of a slice in the figure of latency against cost.
+MODELS = {'palm_8b': (1, 64), 'palm_62b': (1, 256), 'palm_540b': (32, 256)}
 # The paper's Figure 3 shows one feedforward layer of two matrices of these sizes. The other sizes
 # do not matter there.
 FIGURE_3_MODEL = ModelConfig(
@@ -59,7 +59,7 @@ def measured_points() -> list[PublishedPoint]:
   return [
     PublishedPoint(
       case.phase,
-      f'{preset_name(case.config)}, {case.weights}, {case.machine.chips} chips, {case.batch}',
+      f'{case.weights}, {case.machine.chips} chips, {case.batch}',
       measured * 1e3,
       case.machine.chips * measured * 1e3 / (case.batch * case.length),
     )
@@ -80,11 +80,11 @@ def draw(output_dir: str) -> list[str]:
   machines = [Machine.parse(name) for name in known_machines('v4')]
   points = [
     point
-    for model in MODELS
+    for model, (fewest, most) in MODELS.items()
     for point in sweep(
       PlanRequest(preset(model), 1, input_length=2048, output_length=64),
-      machines,
-      BATCHES,
+      [machine for machine in machines if fewest <= machine.chips <= most],
+      BATCHES[::2],
       ('int8', 'bfloat16'),
     )
   ]

@@ -231,7 +231,7 @@ def test_the_papers_points_are_those_of_its_tables():
   assert [p.x for p in others] == pytest.approx(
     [36.9, 160, 730 / 64, 20200, 5100 / 64, 20000, 28300]
   )
-  assert others[2].name == 'palm_62b, int8, 16 chips, 32'
+  assert others[2].name == 'int8, 16 chips, 32'
   assert [(p.x, p.y) for p in table_1_points()][-2:] == [(128, 43_000), (512, 10_700)]
 
 
