@@ -22,7 +22,7 @@ from t5x_inference_ext.planner.sweep import sweep  # noqa: E402
 
 MODEL = preset('palm_540b')
 # Model -> fewest and most chips of a slice in the figure of latency against cost.
-MODELS = {'palm_8b': (1, 64), 'palm_62b': (1, 256), 'palm_540b': (32, 256)}
+MODELS = {'palm_8b': (1, 64), 'palm_62b': (1, 256), 'palm_540b': (32, 64)}
 # The paper's Figure 3 shows one feedforward layer of two matrices of these sizes. The other sizes
 # do not matter there.
 FIGURE_3_MODEL = ModelConfig(
