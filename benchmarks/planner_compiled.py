@@ -1,12 +1,13 @@
-"""The planner at full rate beside compiled programs: bytes sent and time, on four kinds of TPU.
+"""The planner at full rate beside compiled programs, on four kinds of TPU: work, bytes and time.
 
-    python -m benchmarks.planner_compiled [--chip=v4] [--layers=4]
+    python -m benchmarks.planner_compiled [--chip=v4] [--case=SUBSTRING] [--layers=4]
 
 Compiles each case for its slice (no TPU is needed), with a few unrolled layers in place of all, and
 prices as many layers by the planner's convention 'compiled'. Layers are alike, so their number does
 not matter to the comparison; the lookup and the logits weigh more than in a whole model. Both sides
-are at the chip's peak rates. The compiler's time is its estimate with asynchronous operations
-overlapped. A table row is printed as soon as its program is compiled.
+are at the chip's peak rates. GFLOP are those of a chip's products with weights, MiB those that it
+sends. The compiler's time is its estimate with asynchronous operations overlapped. A table row is
+printed as soon as its program is compiled.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from t5x_inference_ext.planner.check import sent_bytes
 from t5x_inference_ext.planner.costs import cost
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.precompile.analysis import analyze
+from t5x_inference_ext.precompile.operations import MATMUL
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import parse_mesh
 
@@ -128,8 +130,11 @@ def compare(case: CompiledCase, layers: int) -> str:
   found = answer.compiled[1]
   sent = sent_bytes(found.costs)
   moved = sum(c.count * c.collective.moved for c in planned.collectives)
+  flops = planned.work.matmul_flops + planned.work.logits_flops
+  products = sum(c.count * c.flops for c in found.costs if c.kind == MATMUL)
   return (
-    f'{line} {moved / 2**20:.2f}, {sent / 2**20:.2f} | {moved / sent - 1:+.1%} | '
+    f'{line} {flops / 1e9:.2f}, {products / 1e9:.2f} | '
+    f'{moved / 2**20:.2f}, {sent / 2**20:.2f} | {moved / sent - 1:+.1%} | '
     f'{planned.seconds * 1e3:.3f}, {found.overlapped_seconds * 1e3:.3f} | '
     f'{planned.seconds / found.overlapped_seconds - 1:+.0%} |'
   )
@@ -140,12 +145,13 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--chip', default='', help='only the cases of this chip: v4, v5e, v5p or v6e')
+  parser.add_argument('--case', default='', help='only cases whose text holds this')
   parser.add_argument('--layers', type=int, default=4)
   args = parser.parse_args()
-  print('| model, slice, mesh | pass | layout | MiB sent: planned, compiled | | ms | |')
-  print('|---|---|---|---|---|---|---|')
+  print('| model, slice, mesh | pass | layout | GFLOP: planned, compiled | MiB sent | | ms | |')
+  print('|---|---|---|---|---|---|---|---|')
   for case in CASES:
-    if case.machine.startswith(args.chip):
+    if case.machine.startswith(args.chip) and args.case in ' '.join(map(str, case)):
       print(compare(case, args.layers), flush=True)
 
 

@@ -1,8 +1,8 @@
-"""Draws the figures of docs/planner.md: PaLM 540B on TPU v4, 1920 tokens in and 64 out.
+"""Draws the figures of docs/planner.md: PaLM 8B, 62B and 540B on TPU v4.
 
   python -m benchmarks.planner_figures [--output_dir=docs/figures]
 
-Takes about two minutes; the same versions draw the same bytes.
+Takes about four minutes; the same versions draw the same bytes.
 """
 
 import argparse
@@ -10,15 +10,19 @@ import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported: nothing is computed here
 
+from benchmarks.planner_predictions import PAPER  # noqa: E402
 from benchmarks.planner_table_2 import TABLE_2  # noqa: E402
 from t5x_inference_ext.config import ModelConfig, preset  # noqa: E402
 from t5x_inference_ext.planner import figures  # noqa: E402
 from t5x_inference_ext.planner.choose import BATCHES, choose  # noqa: E402
+from t5x_inference_ext.planner.drawing import PublishedPoint  # noqa: E402
 from t5x_inference_ext.planner.machine import Machine, known_machines  # noqa: E402
 from t5x_inference_ext.planner.request import PlanRequest  # noqa: E402
 from t5x_inference_ext.planner.sweep import sweep  # noqa: E402
 
 MODEL = preset('palm_540b')
+# Model -> fewest and most chips of a slice in the figure of latency against cost.
+MODELS = {'palm_8b': (1, 64), 'palm_62b': (1, 256), 'palm_540b': (32, 64)}
 # The paper's Figure 3 shows one feedforward layer of two matrices of these sizes. The other sizes
 # do not matter there.
 FIGURE_3_MODEL = ModelConfig(
@@ -36,25 +40,30 @@ SLICE = Machine.parse('v4:4x4x4')
 TABLE_1 = {'multihead': (1320, 330), 'by heads': (660, 165), 'by batch': (43_000, 10_700)}
 
 
-def table_1_points() -> list[figures.PublishedPoint]:
+def table_1_points() -> list[PublishedPoint]:
   """Return Table 1's cells, by batch and positions."""
   return [
-    figures.PublishedPoint('', f'{length:,}', batch, length)
+    PublishedPoint('', f'{length:,}', batch, length)
     for lengths in TABLE_1.values()
     for batch, length in zip((128, 512), lengths)
   ]
 
 
-def table_2_points() -> list[figures.PublishedPoint]:
-  """Return Table 2's columns, in milliseconds and chip-milliseconds per token."""
+def measured_points() -> list[PublishedPoint]:
+  """Return the paper's Tables 2 and 3 and its text, in ms and chip-ms a token.
+
+  Of two measurements of one case, the table's is left out.
+  """
+  seconds = {column.case: column.seconds for column in TABLE_2}
+  seconds |= {point.case: point.latency for point in PAPER}
   return [
-    figures.PublishedPoint(
-      column.phase,
-      f'{column.weights}, batch {column.batch}, {SLICE.chips} chips',
-      column.seconds * 1e3,
-      SLICE.chips * column.seconds * 1e3 / (column.batch * column.length),
+    PublishedPoint(
+      case.phase,
+      f'{case.weights}, {case.machine.chips} chips, {case.batch}',
+      measured * 1e3,
+      case.machine.chips * measured * 1e3 / (case.batch * case.length),
     )
-    for column in TABLE_2
+    for case, measured in seconds.items()
   ]
 
 
@@ -69,9 +78,18 @@ def draw(output_dir: str) -> list[str]:
   )
   figures.time_parts(files['parts'], choose(PlanRequest(MODEL, 64), [SLICE]).ranked[:8])
   machines = [Machine.parse(name) for name in known_machines('v4')]
-  points = sweep(PlanRequest(MODEL, 1), machines, BATCHES, ('int8', 'bfloat16'))
-  label = "measured: the paper's table 2, 2048 tokens in"
-  figures.pareto(files['pareto'], points, table_2_points(), label)
+  points = [
+    point
+    for model, (fewest, most) in MODELS.items()
+    for point in sweep(
+      PlanRequest(preset(model), 1, input_length=2048, output_length=64),
+      [machine for machine in machines if fewest <= machine.chips <= most],
+      BATCHES[::2],
+      ('int8', 'bfloat16'),
+    )
+  ]
+  label = 'measured by the paper, 2048 tokens in'
+  figures.pareto(files['pareto'], points, measured_points(), label)
   return list(files.values())
 
 

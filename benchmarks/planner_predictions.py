@@ -3,7 +3,8 @@
   python -m benchmarks.planner_predictions
 
 First come the other measured points of Pope et al. (arXiv 2211.05102): PaLM 540B at batch 64 with
-int8 and bfloat16 weights (from the text), and PaLM 62B (Table 3). Each latency is checked against
+int8 and bfloat16 weights (from the text), PaLM 62B (Table 3), two prefills of PaLM 540B (Figure 7),
+and what a serial block costs (section 3.4). Each latency is checked against
 the MFU that the paper prints beside it. The layout is the paper's. The paper does not give the
 meshes of its small slices; the mesh here has whole axes, with X nearest to sqrt(n E / F) (section
 3.2.2; if two are equally near, the larger). Then comes Megatron 530B beside NVIDIA's
@@ -18,6 +19,7 @@ import statistics
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported: nothing is computed here
 
+from benchmarks.planner_table_2 import TABLE_2  # noqa: E402
 from t5x_inference_ext.config import preset  # noqa: E402
 from t5x_inference_ext.planner import search  # noqa: E402
 from t5x_inference_ext.planner.case import PassCase  # noqa: E402
@@ -110,7 +112,14 @@ PAPER = (
     5.1 / 64,
     0.37,
   ),
+  Measured(
+    'Figure 7', 'palm_540b', 'v4:4x4x4', '4x4x4', 'prefill', 64, 'ws_2d/batch', 'bfloat16', 20.0
+  ),
+  Measured(
+    'Figure 7', 'palm_540b', 'v4:4x4x4', '4x4x4', 'prefill', 64, 'wg_xyz/batch', 'bfloat16', 28.3
+  ),
 )
+SERIAL_BLOCK = 0.14  # more time of a decode step of 512 rows of PaLM 540B in bfloat16 on 64 chips
 
 # (tokens in, tokens out) -> batch -> milliseconds with tensor parallelism of 16 and of 32, FP16, no
 # pipeline: NVIDIA's FasterTransformer, docs/gpt_guide.md, "Performance of Megatron-530B" (8 A100 80
@@ -183,7 +192,19 @@ def paper() -> None:
       f'{best.seconds / point.latency - 1:+.0%}'
     )
   sizes = sorted(map(abs, errors))
-  print(f'median error {statistics.median(sizes):.0%}, largest {sizes[-1]:.0%}')
+  near = sum(size <= 0.3 for size in sizes)
+  print(
+    f'median error {statistics.median(sizes):.1%}, largest {sizes[-1]:.0%}, '
+    f'{near} of {len(sizes)} within 30%'
+  )
+  print(f'a serial block: {serial_block():+.0%}, measured {SERIAL_BLOCK:+.0%}')
+
+
+def serial_block() -> float:
+  """Return the share of time that a serial block adds to the decode step of SERIAL_BLOCK."""
+  (step,) = (column.case for column in TABLE_2 if (column.phase, column.batch) == ('decode', 512))
+  serial = dataclasses.replace(step, config=dataclasses.replace(step.config, block='serial'))
+  return cost(serial).seconds / cost(step).seconds - 1
 
 
 def megatron() -> None:

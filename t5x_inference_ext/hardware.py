@@ -45,6 +45,8 @@ class Chip:
     collective_latency: Seconds that a collective takes in addition to its bytes and hops. About 3
       us on v4 and v5e (precompile/calibration.py); assumed for the other TPUs. For GPUs, the base
       latency in NCCL's tuning table.
+    operation_latency: Seconds that the TPU compiler estimates for a small operation of a decode
+      step, on average; 0 for GPUs. Measured programs take less (precompile/calibration.py).
     clock_hz: Rate of the cycles in the compiler's estimates; None if no compiler estimates cycles.
     matrix_rows: Rows of the matrix unit. A matmul with fewer rows of activations takes as long as
       one with this many, because a systolic array takes one cycle per row to load a tile of
@@ -71,6 +73,7 @@ class Chip:
   link_bandwidth: float
   hop_latency: float = 1e-6
   collective_latency: float = 3e-6
+  operation_latency: float = 0
   clock_hz: float | None = None
   matrix_rows: int
   node: int = 0
@@ -96,17 +99,21 @@ _GIB = 2**30
 # of kernels. Fitted to FasterTransformer's times with tensor parallelism of 16
 # (benchmarks/planner_fit.py).
 GPU_LAYER_LATENCY = 148e-6
-# NCCL's latencies, tree algorithm and LL128 protocol: start of a collective, step over NVLink, step
-# between nodes. NCCL's src/graph/tuning.cc says 4.4, 1.2 and 8.5 us. We start a collective in 14 us
-# instead, the value with which GPU_LAYER_LATENCY was fitted.
+# Latencies of NCCL's LL128 protocol over trees: of a collective, of a step over NVLink, of a step
+# between nodes. From baseLat and hwLat in src/graph/tuning.cc of NCCL 2.18.1 (2023). Earlier
+# versions have 4.4, 1.2 and 8.5 us; GPU_LAYER_LATENCY is fitted beside them.
 _NCCL, _NVLINK_STEP, _NODE_STEP = 14e-6, 1.25e-6, 8.5e-6
 
-# Clocks: peak bf16 FLOP/s divided by the matrix units' FLOPs per cycle. The divisor is the next
+# Clocks: peak bf16 FLOP/s divided by the matrix units' FLOPs per cycle. That number is the next
 # power of two above the best rate that the compiler estimates for a bf16 product of [n, n] by [n,
-# n], n = 4096, 8192, 16384: estimated FLOP/cycle units FLOP/cycle clock v4 245,619 2 cores x 4
-# units x 128 x 128 x 2 262,144 1.05 GHz v5e 126,898 1 core x 4 units x 128 x 128 x 2 131,072 1.50
-# GHz v5p 252,216 2 cores x 4 units x 128 x 128 x 2 262,144 1.75 GHz v6e 455,675 1 core x 4 units x
-# 256 x 256 x 2 524,288 1.75 GHz
+# n], n = 4096, 8192, 16384:
+#
+#         estimated    matrix units                           FLOPs      clock
+#         per cycle                                           per cycle
+#   v4    245,619      2 cores x 4 units x 128 x 128 x 2      262,144    1.05 GHz
+#   v5e   126,898      1 core  x 4 units x 128 x 128 x 2      131,072    1.50 GHz
+#   v5p   252,216      2 cores x 4 units x 128 x 128 x 2      262,144    1.75 GHz
+#   v6e   455,675      1 core  x 4 units x 256 x 256 x 2      524,288    1.75 GHz
 _CHIPS = (
   # int8 runs at the bf16 rate.
   Chip(
@@ -121,6 +128,7 @@ _CHIPS = (
     torus=3,
     links=6,
     link_bandwidth=45e9,
+    operation_latency=0.66e-6,
     clock_hz=1.05e9,
     matrix_rows=128,
     source=(
@@ -137,6 +145,7 @@ _CHIPS = (
     torus=2,
     links=4,
     link_bandwidth=45e9,
+    operation_latency=0.98e-6,
     clock_hz=1.50e9,
     matrix_rows=128,
     source=(
@@ -156,6 +165,7 @@ _CHIPS = (
     torus=3,
     links=6,
     link_bandwidth=90e9,
+    operation_latency=0.89e-6,
     clock_hz=1.75e9,
     matrix_rows=128,
     source=(
@@ -173,6 +183,7 @@ _CHIPS = (
     torus=2,
     links=4,
     link_bandwidth=90e9,
+    operation_latency=0.82e-6,
     clock_hz=1.75e9,
     matrix_rows=256,
     source=(

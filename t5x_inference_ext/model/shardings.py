@@ -205,9 +205,16 @@ class ShardedModel:
     """
     held, wanted = prefill.heads.cached(), decode.heads.cached()
 
-    def reshard(x: jax.Array) -> jax.Array:
-      x = with_heads(x[..., :length, :], held, wanted)
-      spec = P(*(None,) * (x.ndim - 4), *decode.cache)
+    def constrain(x: jax.Array, heads: Any) -> jax.Array:
+      rows, _, positions, features = decode.cache
+      spec = P(*(None,) * (x.ndim - 4), rows, heads, positions, features)
       return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    def reshard(x: jax.Array) -> jax.Array:
+      x = x[..., :length, :]
+      # XLA takes heads from a split dimension by an all-reduce of the whole cache over all devices.
+      # Rows are split first, so that each device has all heads of its rows to take from.
+      x = constrain(x, None) if held != wanted else x
+      return constrain(with_heads(x, held, wanted), decode.cache[1])
 
     return jax.tree.map(reshard, kv)

@@ -108,6 +108,11 @@ class PassCase:
     )
     return f'{self.layout} (1D)' if one_dimensional else str(self.layout)
 
+  @property
+  def gathers_partly(self) -> bool:
+    """Whether weights are gathered over some of the chips, which nobody has published times of."""
+    return 1 < self.size(self.layout.gathered_axes) < self.machine.chips
+
   @functools.cached_property
   def sharding(self) -> ActivationSharding:
     """The activation sharding: the layout, resolved for this pass."""

@@ -5,10 +5,12 @@ The formulas are those of the paper's sections 2 and 3.
 The parts do not overlap, with one exception for each convention (see network.py):
 
   paper     Gathering of weights overlaps with the matmuls (section 3.5). Only the time by which
-            gathering takes longer is counted.
+            gathering exceeds them is counted.
   torus     Gathering over all chips (wg_xyz) overlaps as in 'paper'. Nobody has published times of
             gathering over some axes (wg_x, wg_xy): it is priced cautiously, without overlap.
   compiled  Loading of weights from HBM overlaps with the matmuls: the TPU compiler prefetches them.
+            How much of a gather of weights it overlaps differs from program to program, from a
+            quarter to all (docs/planner.md): it is priced without overlap.
 """
 
 import dataclasses
@@ -46,6 +48,14 @@ _SHARE = {
 # Convention -> factor on the TPU compiler's estimate of the time of elementwise operations.
 # Programs measured on a TPU took 0.3 of it (precompile/calibration.py). The paper has none.
 _ELEMENTWISE = {'torus': 0.3, 'compiled': 1.0, 'paper': 0.0}
+# Small operations of a layer, and of lookup, logits and choice of tokens: norms, rotary embeddings,
+# cuts, softmax, writes to the cache. The compiler charges each at least the chip's
+# operation_latency. Counted in six decode steps of four models, 43 to 55 and 56 to 126.
+_LAYER_OPERATIONS, _OTHER_OPERATIONS = 45, 60
+# Chip -> dtype of weights -> share of HBM's bandwidth at which the compiler's estimates read them
+# in products of few rows, where it is much below 1. In decode steps of PaLM on v5p: 1.07 and 1.16
+# TB/s of int8 in a layer, 1.29 TB/s of the bfloat16 head.
+_COMPILED_READS = {'v5p': {'int8': 0.40, 'bfloat16': 0.46}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +133,8 @@ class PassCost:
 
   def at(self, efficiency: Efficiency) -> 'PassCost':
     """Return the cost of this pass at other shares of the chip's peak rates."""
-    parts, hidden = _without_overlap(self.whole, efficiency, self.case, self.convention)
+    loads = _load_seconds(self.work, self.case, self.convention)
+    parts, hidden = _without_overlap(self.whole, loads, efficiency, self.case, self.convention)
     slower = self.efficiency.network / efficiency.network
     return dataclasses.replace(
       self,
@@ -136,8 +147,23 @@ class PassCost:
     )
 
 
+def _load_seconds(done: PassWork, case: PassCase, convention: str) -> tuple[float, float]:
+  """Return the seconds, at the chip's peak rates, of loading the layers' weights and the head."""
+  chip = case.machine.chip
+  shares = _COMPILED_READS.get(chip.name, {}) if convention == 'compiled' else {}
+  layers = done.weight_bytes - done.head_bytes + done.unpacking_bytes
+  return (
+    layers / chip.hbm_bandwidth / shares.get(case.weights, 1.0),
+    done.head_bytes / chip.hbm_bandwidth / shares.get('bfloat16', 1.0),
+  )
+
+
 def _without_overlap(
-  whole: dict[str, float], efficiency: Efficiency, case: PassCase, convention: str
+  whole: dict[str, float],
+  loads: tuple[float, float],
+  efficiency: Efficiency,
+  case: PassCase,
+  convention: str,
 ) -> tuple[dict[str, float], float]:
   """Return (parts of a pass at an efficiency, time of gathering weights that overlaps)."""
   parts = {}
@@ -145,7 +171,8 @@ def _without_overlap(
     share = _SHARE[LIMITS[name]]
     parts[name] = seconds / getattr(efficiency, share) if share else seconds
   if convention == 'compiled':
-    parts['weight load'] = max(0.0, parts['weight load'] - parts['matmuls'])
+    layers, head = (seconds / efficiency.memory for seconds in loads)
+    parts['weight load'] = max(0.0, layers - parts['matmuls']) + max(0.0, head - parts['logits'])
     return parts, 0.0
   if convention == 'torus' and case.size(case.layout.gathered_axes) < case.machine.chips:
     return parts, 0.0
@@ -185,13 +212,15 @@ def cost(
   matmuls = product_seconds(done.matmul_flops, done.matmul_rows)
   gathering = sum(c.seconds for c in collectives if c.collective.of_weights)
   elementwise = _ELEMENTWISE[convention] / chip.hbm_bandwidth
+  operations = case.config.num_layers * _LAYER_OPERATIONS + _OTHER_OPERATIONS
+  small = operations * chip.operation_latency if convention == 'compiled' else 0.0
   whole = {
     'matmuls': matmuls,
     'logits': product_seconds(done.logits_flops, done.logits_rows),
     'attention': done.attention_flops / chip.bf16_flops,
     'softmax': elementwise * done.softmax_bytes,
-    'elementwise': elementwise * done.elementwise_bytes,
-    'weight load': (done.weight_bytes + done.unpacking_bytes) / chip.hbm_bandwidth,
+    'elementwise': elementwise * done.elementwise_bytes + small,
+    'weight load': sum(_load_seconds(done, case, convention)),
     'cache load': done.cache_bytes / chip.hbm_bandwidth,
     'activations moved': sum(c.seconds for c in collectives if not c.collective.of_weights),
     'weights moved': gathering,

@@ -12,8 +12,9 @@ the collective.
             the products. (K-1)/K is included (appendix A.1). Each link on the way is a hop. Each
             collective along an axis takes the chip's collective latency in addition.
   compiled  This package's program, priced as precompile prices it: all links of all axes at once,
-            and no latency but hops. Over all three axes, a gather or reduce-scatter is two
-            (model/collectives/ops.py). Nothing overlaps.
+            and no latency but hops. A gather or reduce-scatter over all three axes
+            (model/collectives/ops.py), and a gather of weights over x and other axes, whose
+            dimensions differ, are two. Nothing overlaps.
   paper     Sections 3.2 and 3.3: bytes over the bandwidth of all links of a chip (270 GB/s on v4),
             for all mesh axes alike. (K-1)/K is taken as 1. Latency is left out.
 
@@ -24,6 +25,7 @@ and latencies are those of NCCL's trees.
 import dataclasses
 import functools
 import itertools
+import math
 
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.planner.machine import Machine, Mesh
@@ -86,14 +88,16 @@ class Network:
   def _as_compiled(self, collective: Collective) -> float:
     """Return the time in seconds of the collectives that the program has for this one."""
     axes = collective.axes
-    if len(axes) < len(AXES) or collective.kind not in ('all_gather', 'reduce_scatter'):
+    if collective.of_weights and 'x' in axes and len(axes) > 1:
+      first: Axes = ('x',)  # that of d_model, another dimension than the other axes'
+    elif len(axes) == len(AXES) and collective.kind in ('all_gather', 'reduce_scatter'):
+      first = axes[-1:]
+    else:
       return self._at_once(collective)
-    last = axis_sizes(self.mesh)[axes[-1]]
-    others = collective.shards // last
-    return self._at_once(
-      dataclasses.replace(collective, axes=axes[:-1], shards=others)
-    ) + self._at_once(
-      dataclasses.replace(collective, axes=axes[-1:], shards=last, bytes=collective.bytes // others)
+    rest, sizes = tuple(a for a in axes if a not in first), axis_sizes(self.mesh)
+    chips, others = (math.prod(sizes[a] for a in some) for some in (first, rest))
+    return self._at_once(dataclasses.replace(collective, axes=rest, shards=others)) + self._at_once(
+      dataclasses.replace(collective, axes=first, shards=chips, bytes=collective.bytes // others)
     )
 
   def _through_switches(self, collective: Collective, passes: int) -> float:

@@ -16,6 +16,7 @@ def plan_text(choice: Choice, rows: int = ROWS) -> str:
   plan = choice.plan
   lines = [*_heading(plan), '', *_ranked(choice.ranked, rows), '', *_parts(plan), '']
   lines += wrap(why(choice))
+  lines += wrap(unmeasured(choice))
   lines += wrap(paper_convention(choice))
   if choice.others:
     lines += ['', *wrap(_objective_text(choice)), *_others(choice.others[:rows])]
@@ -182,6 +183,22 @@ def paper_convention(choice: Choice) -> str:
     f'links of each mesh axis, that plan takes {seconds_text(theirs.seconds - plan.seconds)} more '
     f'than the first one above, mostly for {part} in {phase} ({seconds_text(saved)}).'
   )
+
+
+def unmeasured(choice: Choice) -> str:
+  """Return a sentence if nobody has published times of the plan's layouts; '' if somebody has."""
+
+  def partly(plan: Plan) -> bool:
+    return any(c.case.gathers_partly for c in plan.phases)
+
+  if not partly(choice.plan):
+    return ''
+  text = 'Times of weights gathered over some mesh axes alone have not been published.'
+  other = next((p for p in choice.ranked if p.fits and not partly(p)), None)
+  if other is None:
+    return text
+  seconds = seconds_text(other.seconds)
+  return f'{text} The fastest without: {_layouts(other)} on {other.mesh_text}, {seconds}.'
 
 
 def _objective_text(choice: Choice) -> str:

@@ -29,6 +29,7 @@ class PassWork:
     attention_flops: FLOPs of attention's two products, with keys and with values.
     weight_bytes: Bytes read of matrices, scales, norms, biases and the head (if it is tied, the
       embedding). Gathered matrices are counted whole.
+    head_bytes: The head's part of weight_bytes.
     unpacking_bytes: Bytes whose reading takes as long as products by int4 weights take beyond
       reading these weights (hardware.Chip.int4_load_bytes).
     cache_bytes: Bytes of keys and values that attention reads.
@@ -42,6 +43,7 @@ class PassWork:
   logits_rows: float
   attention_flops: float
   weight_bytes: float
+  head_bytes: float
   unpacking_bytes: float
   cache_bytes: float
   softmax_bytes: float
@@ -79,6 +81,7 @@ def work(case: PassCase) -> PassWork:
     logits_rows=unembedded,
     attention_flops=4 * logits * c.d_head,
     weight_bytes=read,
+    head_bytes=stored_bytes(case, case.tensors[head]),
     unpacking_bytes=int4_bytes * (case.machine.chip.int4_load_bytes / 0.5 - 1),
     cache_bytes=cache_bytes(case, case.seen),
     softmax_bytes=_PASSES_BYTES * logits,

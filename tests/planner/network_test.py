@@ -1,5 +1,6 @@
 """Machines, and how long collectives take on them."""
 
+import dataclasses
 import itertools
 import math
 
@@ -120,6 +121,15 @@ def test_as_compiled_a_gather_over_three_axes_is_two():
   whole = 90 * MB * 15 / 16 / 180e9 + 4e-6
   part = 90 * MB / 16 * 3 / 4 / 90e9 + 2e-6
   assert seconds('v4:4x4x4', (4, 4, 4), move, 'compiled') == pytest.approx(whole + part)
+
+
+def test_as_compiled_weights_are_gathered_along_x_and_then_along_the_others():
+  """Each of the two dimensions has its own gather, with the links of its own axes."""
+  move = Collective('weights: gate', 'all_gather', ('x', 'y'), 8, 90 * MB)
+  part, whole = 90 * MB / 4 / 2 / 45e9 + 1e-6, 90 * MB * 3 / 4 / 45e9 + 3e-6
+  assert seconds('v5e:2x4', (2, 4, 1), move, 'compiled') == pytest.approx(whole + part)
+  one = dataclasses.replace(move, axes=('y',), shards=4)
+  assert seconds('v5e:2x4', (2, 4, 1), one, 'compiled') == pytest.approx(whole)
 
 
 @pytest.mark.parametrize(

@@ -10,23 +10,25 @@ from t5x_inference_ext import config
 from t5x_inference_ext.planner.costs import cost
 
 
-@pytest.mark.parametrize('convention,most', [('torus', 0.08), ('paper', 0.15)])
+@pytest.mark.parametrize('convention,most', [('torus', 0.1), ('paper', 0.15)])
 def test_the_papers_other_points_are_predicted(convention, most):
-  ratios = [cost(p.case, convention).seconds / p.latency for p in planner_predictions.PAPER]
+  """The paper's convention overlaps gathers that were measured as waits (Figure 7)."""
+  points = [p for p in planner_predictions.PAPER if convention == 'torus' or p.where != 'Figure 7']
+  ratios = [cost(p.case, convention).seconds / p.latency for p in points]
+  assert len(ratios) == {'torus': 8, 'paper': 6}[convention]
   assert statistics.median(abs(r - 1) for r in ratios) < most
   assert all(0.5 < r < 2 for r in ratios)
+
+
+def test_a_serial_block_costs_about_what_was_measured():
+  """14% of a decode step (section 3.4): two norms, and twice as many collectives a layer."""
+  assert 0.07 < planner_predictions.serial_block() < 0.28
 
 
 def test_gathering_weights_loses_where_the_paper_measured_it_slower():
   """540B in bfloat16, prefill of 64 rows of 2048 on 64 chips: 20.0 s in 2D, 28.3 s gathered."""
   stationary, gathered = (
-    cost(
-      planner_predictions.Measured(
-        '', 'palm_540b', 'v4:4x4x4', '4x4x4', 'prefill', 64, layout, 'bfloat16', latency
-      ).case
-    ).seconds
-    / latency
-    for layout, latency in (('ws_2d/batch', 20.0), ('wg_xyz/batch', 28.3))
+    cost(p.case).seconds / p.latency for p in planner_predictions.PAPER if p.where == 'Figure 7'
   )
   assert stationary * 20.0 < gathered * 28.3
   assert abs(stationary - 1) < 0.15 and abs(gathered - 1) < 0.15

@@ -1,5 +1,6 @@
 """The printed tables: each number is the plan's own, in the unit that the heading names."""
 
+import dataclasses
 import re
 
 import pytest
@@ -47,6 +48,17 @@ def test_how_many_plans_the_table_leaves_to_the_json(choice):
   every = len(choice.ranked)
   assert 'more are in the JSON' not in plan_text(choice, rows=every)
   assert ' best mesh. 2 more are in the JSON.' in plan_text(choice, rows=every - 2)
+
+
+def test_a_layout_that_nobody_measured_is_named(choice):
+  """Weights gathered over some axes alone; the fastest plan without is named beside."""
+  partly = next(p for p in choice.ranked if p.prefill.case.gathers_partly)
+  assert partly.layouts[0].startswith(('wg_x/', 'wg_xy/'))
+  other = next(p for p in choice.ranked if not p.prefill.case.gathers_partly)
+  text = ' '.join(plan_text(dataclasses.replace(choice, plan=partly)).split())
+  names = ' and '.join(c.case.layout_text for c in other.phases)
+  assert f'have not been published. The fastest without: {names} on {other.mesh_text}, ' in text
+  assert 'have not been published' not in plan_text(dataclasses.replace(choice, plan=other))
 
 
 def test_where_the_time_goes(choice):

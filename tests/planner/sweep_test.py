@@ -8,12 +8,13 @@ import random
 
 import pytest
 
-from benchmarks.planner_figures import FIGURE_3_MODEL, table_1_points, table_2_points
+from benchmarks.planner_figures import FIGURE_3_MODEL, measured_points, table_1_points
 from t5x_inference_ext import config
 from t5x_inference_ext.errors import RequestError, UserError
 from t5x_inference_ext.planner import figures
 from t5x_inference_ext.planner.choose import choose
 from t5x_inference_ext.planner.costs import PARTS
+from t5x_inference_ext.planner.drawing import PublishedPoint
 from t5x_inference_ext.planner.figure_data import feedforward_bytes, switch_points
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.request import PlanRequest
@@ -100,7 +101,12 @@ def test_figures_are_drawn_and_the_same_again(points, tmp_path):
 
   first, second = draw(tmp_path / 'a'), draw(tmp_path / 'b')
   assert first == second and len(first) == 4
-  for words in (b'int8 weights', b'chips, batch ', b'palm_8b, 256 tokens in, 16 out, v4'):
+  for words in (
+    b'int8 weights',
+    b'4 chips, 1',
+    b'palm_8b: 256 tokens in, 16 out, v4',
+    b'n chips, B',
+  ):
     assert words in first['pareto.svg']
   for words in (b'wg_xyz', b'16,384', b'65,536', b'786,432'):
     assert words in first['communication.svg']
@@ -134,7 +140,7 @@ def test_the_lines_of_the_pareto_figure_are_the_points(points, drawn):
     for weights in ('int8', 'bfloat16'):
       some = [p for p in points if (p.phase, p.request.weights) == (phase, weights)]
       best = [p for p in some if p.on_front]
-      line = lines[f'{weights} weights']
+      line = lines[f'palm_8b, {weights} weights']
       assert list(line.get_xdata()) == [1000 * p.seconds for p in best] and best
       assert list(line.get_ydata()) == [1000 * p.chip_seconds_per_token for p in best]
 
@@ -206,8 +212,8 @@ def test_switch_points_are_where_bytes_are_equal():
 @needs_matplotlib
 def test_published_points_are_drawn_beside(points, drawn):
   published = [
-    figures.PublishedPoint('decode', 'one', 12.5, 3.0),
-    figures.PublishedPoint('prefill', 'two', 80.0, 9.0),
+    PublishedPoint('decode', 'one', 12.5, 3.0),
+    PublishedPoint('prefill', 'two', 80.0, 9.0),
   ]
   figures.pareto('pareto.svg', points, published, 'somebody')
   for axes, point in zip(drawn[0].axes, published):
@@ -217,8 +223,32 @@ def test_published_points_are_drawn_beside(points, drawn):
 
 
 def test_the_papers_points_are_those_of_its_tables():
-  """Table 2's costs are the paper's own: chips times seconds over tokens."""
-  low, _, _, high = table_2_points()
+  """Costs of Table 2 are the paper's own: chips times seconds over tokens."""
+  low, step, _, high, *others = measured_points()
   assert (low.panel, low.x, low.y) == ('prefill', 290, pytest.approx(64 * 290 / 2048))
+  assert (step.panel, step.x, step.y) == ('decode', 28.5, 28.5)  # of two, the text's
   assert (high.panel, high.y) == ('decode', pytest.approx(64 * 6000 / 64 / 512))
+  assert [p.x for p in others] == pytest.approx(
+    [36.9, 160, 730 / 64, 20200, 5100 / 64, 20000, 28300]
+  )
+  assert others[2].name == 'int8, 16 chips, 32'
   assert [(p.x, p.y) for p in table_1_points()][-2:] == [(128, 43_000), (512, 10_700)]
+
+
+@needs_matplotlib
+def test_models_have_lines_of_their_own_in_one_figure(points, drawn):
+  """Each has a front of its own; one legend names them all."""
+  small = dataclasses.replace(MODEL, num_layers=8)
+  machine = [Machine.parse('v4:2x2x1')]
+  others = sweep(PlanRequest(small, 1, 256, 16), machine, (1, 16), ('int8',))
+  figures.pareto('pareto.svg', [*points, *others])
+  names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+  assert names == [
+    'palm_8b, int8 weights',
+    'palm_8b, bfloat16 weights',
+    'd_model 4096, d_ff 16384, int8 weights',
+  ]
+  for axes, phase in zip(drawn[0].axes, ('decode', 'prefill')):
+    line = next(line for line in axes.lines if line.get_label() == names[-1])
+    best = [p for p in others if p.phase == phase and p.on_front]
+    assert list(line.get_xdata()) == [1000 * p.seconds for p in best] and best

@@ -85,7 +85,8 @@ def reduce_scatter(
     and shape[-1] % LANES == 0
     and x.shape[dim] % shards == 0
   ):
-    kept = (-1, LANES)
+    # Of many tokens XLA makes an all-reduce and a slice again unless features are one dimension.
+    kept = (-1,) if x.size > _LARGE else (-1, LANES)
     # Without the barrier, XLA:TPU also tiles the product that computes x, and for that copies its
     # weights into another layout.
     x = lax.optimization_barrier(x)
