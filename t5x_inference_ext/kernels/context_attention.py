@@ -2,10 +2,11 @@
 
 The softmax is computed while keys and values stream by, as in flash attention (Dao et al. 2022):
 logits never leave the chip's vector memory. Blocks of positions beyond a row's end are not read.
-The kernel takes one key head, as a shard of a multiquery model has. Its twin in plain JAX is in
-model.attention and model.paged_attention.
+Key heads are computed one after the other. The kernel's twin in plain JAX is in model.attention and
+model.paged_attention.
 
-Shapes are per shard: rows b, queries n of a row (new tokens times query heads), head dimension q.
+Shapes are per shard: rows b, key heads k, queries n of a row and key head (new tokens times the
+query heads that share it), head dimension q.
 """
 
 import functools
@@ -42,9 +43,9 @@ class PartialSoftmax(NamedTuple):
   """Attention over some of the keys, not yet divided by the sum of weights.
 
   Attributes:
-    out: [b, n, q] float32. Sum of exp(logit - largest) * value.
-    largest: [b, n] float32. The largest logit; -1e30 if the row has no keys here.
-    total: [b, n] float32. Sum of exp(logit - largest).
+    out: [b, k, n, q] float32. Sum of exp(logit - largest) * value.
+    largest: [b, k, n] float32. The largest logit; -1e30 if the row has no keys here.
+    total: [b, k, n] float32. Sum of exp(logit - largest).
   """
 
   out: jax.Array
@@ -59,7 +60,7 @@ class Blocks(NamedTuple):
     rows: [blocks] int32. The row that owns a block.
     starts: [blocks] int32. Position in that row at which the block begins.
     places: [2, blocks] int32. The block's index in the first dimension of the keys, and its number
-      along the second.
+      along their positions.
     size: Positions of a block. Static.
   """
 
@@ -84,7 +85,7 @@ def page_blocks(owners: Int[Array, ' n'], starts: Int[Array, ' n'], size: int) -
 
 
 def attend_to_context(
-  q: Float[Array, 'b n q'],
+  q: Float[Array, 'b k n q'],
   keys: KV,
   values: KV,
   lengths: Int[Array, ' b'],
@@ -94,17 +95,17 @@ def attend_to_context(
   """Attend to the cached positions of each query's row.
 
   Args:
-    q: [b, n, q]. Queries, scaled.
-    keys: [r, 1, s, q]. Cached keys: r rows of s positions, or r pages of s positions.
+    q: [b, k, n, q]. Queries, scaled, by key head.
+    keys: [r, k, s, q]. Cached keys: r rows of s positions, or r pages of s positions.
     values: Like keys.
     lengths: [b] int32. Filled positions of each row; later positions are not attended to.
     blocks: The blocks of keys and values.
     interpret: Whether to run in JAX's interpreter, on any device, instead of on a TPU.
   """
-  rows, queries, d = q.shape
+  rows, heads, queries, d = q.shape
   tile = _query_tile(rows, queries, d)
   tiles = pl.cdiv(queries, tile)
-  q = jnp.pad(q, ((0, 0), (0, tiles * tile - queries), (0, 0)))
+  q = jnp.pad(q, ((0, 0), (0, 0), (0, tiles * tile - queries), (0, 0)))
   blocks = _in_halves(blocks)
   steps = len(blocks.rows) // _HALVES
   owner_lengths = jnp.take(lengths, blocks.rows, mode='clip')
@@ -112,36 +113,42 @@ def attend_to_context(
   operands, specs = [], []
   for x in (keys, values):
     units, scales = (x, None) if isinstance(x, jax.Array) else (x.units, x.scales)
-    operands.append(units[:, 0])
-    specs.append(pl.BlockSpec((1, blocks.size, d), _block_index(steps, positions_dim=1)))
+    operands.append(units)
+    specs.append(pl.BlockSpec((None, None, blocks.size, d), _block_index(steps, positions_dim=2)))
     if scales is not None:
-      operands.append(scales[..., 0])
-      specs.append(pl.BlockSpec((1, 1, blocks.size), _block_index(steps, positions_dim=2)))
+      operands.append(jnp.swapaxes(scales, 2, 3))
+      specs.append(pl.BlockSpec((None, None, 1, blocks.size), _block_index(steps, positions_dim=3)))
   widths = d, LANES, LANES  # out, largest and total; the last two are equal in all lanes
   out, largest, total = pl.pallas_call(
     functools.partial(_kernel, steps=steps, is_ragged=keys.shape[2] % blocks.size > 0),
     name=_NAME,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=3,
-      grid=(_HALVES, tiles, steps),
-      in_specs=[pl.BlockSpec((rows, tile, d), lambda half, t, i, *_: (0, t, 0)), *specs],
+      grid=(_HALVES, heads, tiles, steps),
+      in_specs=[
+        pl.BlockSpec((rows, None, tile, d), lambda half, head, t, i, *_: (0, head, t, 0)),
+        *specs,
+      ],
       out_specs=[
-        pl.BlockSpec((1, rows, tile, width), lambda half, t, i, *_: (half, 0, t, 0))
+        pl.BlockSpec(
+          (None, rows, None, tile, width), lambda half, head, t, i, *_: (half, 0, head, t, 0)
+        )
         for width in widths
       ],
     ),
     out_shape=[
-      jax.ShapeDtypeStruct((_HALVES, rows, tiles * tile, width), jnp.float32) for width in widths
+      jax.ShapeDtypeStruct((_HALVES, rows, heads, tiles * tile, width), jnp.float32)
+      for width in widths
     ],
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'arbitrary', 'arbitrary')
+      dimension_semantics=('parallel', 'arbitrary', 'arbitrary', 'arbitrary')
     ),
     # The number of steps by which precompile.kernel_cost multiplies the schedule of one step.
-    metadata={'steps': str(_HALVES * tiles * steps), 'parallel': str(_HALVES)},
+    metadata={'steps': str(_HALVES * heads * tiles * steps), 'parallel': str(_HALVES)},
     interpret=interpret,
   )(blocks.rows, filled, _places_read(blocks.places, filled, steps), q, *operands)
   return _joined(
-    PartialSoftmax(out[:, :, :queries], largest[:, :, :queries, 0], total[:, :, :queries, 0])
+    PartialSoftmax(out[..., :queries, :], largest[..., :queries, 0], total[..., :queries, 0])
   )
 
 
@@ -179,10 +186,10 @@ def _places_read(
 def _block_index(steps: int, positions_dim: int) -> Any:
   """Return the index map of a block of keys, values or scales, from the prefetched places."""
 
-  def index(half: Any, tile: Any, i: Any, rows: Any, filled: Any, places: Any) -> tuple[Any, ...]:
-    place = half * steps + i
+  def index(half: Any, head: Any, tile: Any, i: Any, *prefetched: Any) -> tuple[Any, ...]:
+    places, place = prefetched[-1], half * steps + i
     first, block = places[0, place], places[1, place]
-    return (first, block, 0) if positions_dim == 1 else (first, 0, block)
+    return (first, head, block, 0) if positions_dim == 2 else (first, head, 0, block)
 
   return index
 
@@ -201,9 +208,9 @@ def _kernel(
   Args:
     rows_ref, filled_ref: [blocks] int32. The owner of each block, and its filled positions.
     places_ref: Only the index maps use it.
-    q_ref: [b, tile, q]. Queries of all rows.
-    *refs: Keys [1, s, q], with int8 their scales [1, 1, s], values, their scales; then the outputs
-      out [1, b, tile, q], largest and total [1, b, tile, lanes].
+    q_ref: [b, tile, q]. Queries of all rows that share a key head.
+    *refs: Keys [s, q], with int8 their scales [1, s], values, their scales; then the outputs
+      out [b, tile, q], largest and total [b, tile, lanes].
     steps: Blocks of each half.
     is_ragged: Whether blocks can reach beyond the cache's end, where anything may be.
   """
@@ -212,10 +219,10 @@ def _kernel(
   key_ref, key_scale_ref, value_ref, value_scale_ref = (
     inputs if has_scales else (inputs[0], None, inputs[1], None)
   )
-  block = pl.program_id(0) * steps + pl.program_id(2)
+  block = pl.program_id(0) * steps + pl.program_id(3)
   row, filled = rows_ref[block], filled_ref[block]
 
-  @pl.when(pl.program_id(2) == 0)
+  @pl.when(pl.program_id(3) == 0)
   def start() -> None:
     out_ref[...] = jnp.zeros_like(out_ref)
     largest_ref[...] = jnp.full_like(largest_ref, _NO_KEY)
@@ -228,23 +235,23 @@ def _kernel(
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
     logits = lax.dot_general(
       q,
-      key_ref[0].astype(q.dtype),
+      key_ref[...].astype(q.dtype),
       (((1,), (1,)), ((), ())),
       precision=precision,
       preferred_element_type=jnp.float32,
     )
     if key_scale_ref is not None:
-      logits = logits * key_scale_ref[0]
+      logits = logits * key_scale_ref[...]
     positions = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     logits = jnp.where(positions < filled, logits, -jnp.inf)
-    before = largest_ref[0, row][:, :1]
+    before = largest_ref[row][:, :1]
     largest = jnp.maximum(before, jnp.max(logits, axis=-1, keepdims=True))
     weights, rescale = jnp.exp(logits - largest), jnp.exp(before - largest)
-    largest_ref[0, row] = jnp.broadcast_to(largest, largest_ref.shape[2:])
-    total_ref[0, row] = total_ref[0, row] * rescale + jnp.sum(weights, axis=-1, keepdims=True)
-    values = value_ref[0].astype(q.dtype)
+    largest_ref[row] = jnp.broadcast_to(largest, largest_ref.shape[1:])
+    total_ref[row] = total_ref[row] * rescale + jnp.sum(weights, axis=-1, keepdims=True)
+    values = value_ref[...].astype(q.dtype)
     if value_scale_ref is not None:
-      weights = weights * value_scale_ref[0]
+      weights = weights * value_scale_ref[...]
     if is_ragged:
       seen = lax.broadcasted_iota(jnp.int32, values.shape, 0) < filled
       values = jnp.where(seen, values, 0)
@@ -252,7 +259,7 @@ def _kernel(
     added = jnp.dot(
       weights.astype(q.dtype), values, precision=precision, preferred_element_type=jnp.float32
     )
-    out_ref[0, row] = out_ref[0, row] * rescale + added
+    out_ref[row] = out_ref[row] * rescale + added
 
 
 def _joined(halves: PartialSoftmax) -> PartialSoftmax:

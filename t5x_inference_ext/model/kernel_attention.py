@@ -37,8 +37,6 @@ def check_attention(kind: str, config: ModelConfig, mesh: AnyMesh) -> None:
   reason = None
   if platform not in ('tpu', 'cpu'):
     reason = f'TPUs, and these devices are {platform}s'
-  elif config.num_kv_heads != 1:
-    reason = f'models with one key head, and this one has {config.num_kv_heads}'
   elif config.has_attention_rules:
     reason = 'models without position biases, windows and soft caps of attention'
   elif platform == 'tpu' and config.d_head % LANES:
@@ -80,8 +78,8 @@ class AttentionKernel:
 
     Args:
       q: [b, m, h, q]. Queries, rotated, not yet scaled.
-      k: [b, 1, t, q]. Rotated keys of the new tokens, rounded to the cache's precision.
-      v: [b, 1, t, q]. Values, rounded to the cache's precision.
+      k: [b, k, t, q]. Rotated keys of the new tokens, rounded to the cache's precision.
+      v: [b, k, t, q]. Values, rounded to the cache's precision.
       context: Keys and values cached before these tokens.
       first_query: Index of the shard's first query among the t new tokens.
     """
@@ -101,10 +99,9 @@ class AttentionKernel:
       blocks = page_blocks(context.owners, context.starts, keys.shape[2])
     else:
       blocks = row_blocks(len(q), keys.shape[2])
-    partial = attend_to_context(
-      grouped[:, 0], keys, values, context.lengths, blocks, self.interpret
+    out, context_largest, total = attend_to_context(
+      grouped, keys, values, context.lengths, blocks, self.interpret
     )
-    out, context_largest, total = (x[:, None] for x in partial)  # [b, 1, n], with one key head
     largest = largest_logits(context_largest, segments)  # finite: a new token sees itself
     rescale = jnp.exp(context_largest - largest)
     out, total = out * rescale[..., None], total * rescale

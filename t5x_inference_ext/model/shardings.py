@@ -52,7 +52,7 @@ class ShardedModel:
     cache: Dtype of the KV cache: 'float32', 'bfloat16', 'int8' (with a scale for each position and
       head), or None for `dtype`. Passes without a cache also round keys and values to this dtype.
     attention: How attention reads the cache: 'xla', in plain JAX; or 'kernel', by a Pallas kernel
-      that reads filled positions only, for models with one key head (model.kernel_attention).
+      that reads filled positions only (model.kernel_attention).
 
   Raises:
     RequestError: The dtype or cache is unknown, or the kernel does not run this model.

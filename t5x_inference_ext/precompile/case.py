@@ -81,7 +81,7 @@ class CompileCase:
   attention: str = option(
     'xla',
     help='How attention reads the KV cache. kernel: a Pallas kernel that reads filled positions '
-    'only; for models with one key head.',
+    'only.',
     choices=ATTENTION_KINDS,
     group=_GROUP,
   )

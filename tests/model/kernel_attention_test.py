@@ -27,8 +27,8 @@ from tests.model import pages_test
 pytestmark = pytest.mark.usefixtures('quick_programs')
 KERNEL = AttentionKernel(interpret=True)
 verify = memory.quick_jit(Model.verify, static_argnames='self')
-# Cases of pages_test with one key head: rows split over all shards or some, whole or by heads.
-CASES = [0, 2, 7, 10]
+# Cases of pages_test: rows split over all shards or some, whole or by heads; one key head or more.
+CASES = [0, 2, 3, 7, 9]
 
 
 def _random(rng, *shape, dtype='float32'):
@@ -36,24 +36,24 @@ def _random(rng, *shape, dtype='float32'):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'int8'])
-@pytest.mark.parametrize('new', [1, 3])
-def test_a_layer_over_each_rows_positions(new, dtype):
+@pytest.mark.parametrize('new, heads', [(1, 1), (3, 1), (3, 2)])
+def test_a_layer_over_each_rows_positions(new, heads, dtype):
   rng = np.random.default_rng(new)
   q = _random(rng, 3, new, 4, 8)
-  k, v = (_random(rng, 3, 1, new, 8, dtype=dtype) for _ in range(2))
-  cached = (_random(rng, 3, 1, 40, 8, dtype=dtype) for _ in range(2))
+  k, v = (_random(rng, 3, heads, new, 8, dtype=dtype) for _ in range(2))
+  cached = (_random(rng, 3, heads, 40, 8, dtype=dtype) for _ in range(2))
   context = Context(*cached, jnp.array([0, 40, 17], jnp.int32))
   wanted = attend(q, k, v, context)
   np.testing.assert_allclose(KERNEL.attend(q, k, v, context), wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize('rows', [1, 4])
-def test_a_layer_over_pages_and_shared_pages(rows):
+@pytest.mark.parametrize('rows, heads', [(1, 1), (4, 2)])
+def test_a_layer_over_pages_and_shared_pages(rows, heads):
   """A row sees the first shared pages."""
   rng, size, pages, shared = np.random.default_rng(rows), 8, 3 * rows, 3
   q = _random(rng, rows, 2, 4, 8)
-  k, v = (_random(rng, rows, 1, 2, 8) for _ in range(2))
-  keys, values = (_random(rng, pages, 1, size, 8) for _ in range(2))
+  k, v = (_random(rng, rows, heads, 2, 8) for _ in range(2))
+  keys, values = (_random(rng, pages, heads, size, 8) for _ in range(2))
   sees = rng.integers(0, shared + 1, rows)
   owners = np.repeat(np.arange(rows), 3)
   starts = np.tile(np.arange(3), rows) * size + sees[owners] * size
@@ -62,7 +62,7 @@ def test_a_layer_over_pages_and_shared_pages(rows):
     keys,
     values,
     *(jnp.asarray(x, jnp.int32) for x in (lengths, owners, starts)),
-    *(_random(rng, 1, shared * size, 8) for _ in range(2)),
+    *(_random(rng, heads, shared * size, 8) for _ in range(2)),
     jnp.asarray(np.arange(shared)[None, :] < sees[:, None]),
     jnp.arange(shared, dtype=jnp.int32) * size,
   )
@@ -128,7 +128,6 @@ def test_rows_of_the_scheduler_have_the_tokens_of_plain_jax():
   'kind,name,platform,message',
   [
     ('flash', 'palm_8b', 'tpu', "must be one of xla, kernel, got 'flash'"),
-    ('kernel', 'llama3_8b', 'tpu', 'models with one key head, and this one has 8: use attention='),
     ('kernel', 'palm_8b', 'gpu', 'is for TPUs, and these devices are gpus'),
     ('kernel', 'palm_tiny', 'tpu', 'heads of a multiple of 128 dimensions, and these have 32'),
   ],
