@@ -28,8 +28,15 @@ ROWS = 4
 
 def work(source: str, output: str, tokens: str, events) -> None:
   """Convert, and count each rounded matrix in `events`."""
-  os.environ['JAX_PLATFORMS'] = 'cpu'
+  import jax
+
   from t5x_inference_ext.checkpoints import convert
+
+  jax.config.update('jax_platforms', 'cpu')
+  # What a process compiles, the next one reads: a conversion then consists of its own work.
+  jax.config.update('jax_compilation_cache_dir', os.path.join(os.path.dirname(tokens), 'programs'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
   def progress(what: str, done: int, total: int) -> None:
     del done, total
