@@ -33,13 +33,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_inference_ext.engine import scheduler_config
+from t5x_inference_ext.engine.draft_width import verify_widths
 from t5x_inference_ext.engine.drafting import DraftInputs, DraftState
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.ngram_drafts import NgramDrafter
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
-from t5x_inference_ext.engine.speculative_steps import verify_widths
 from t5x_inference_ext.engine.stats import DraftStats
 from t5x_inference_ext.engine.step_prices import StepPrices
 

@@ -10,6 +10,7 @@ import pytest
 
 from t5x_inference_ext.engine import drafting, open_drafter
 from t5x_inference_ext.engine.draft_model import CATCH_UP_TOKENS, DraftModel, load_draft_model
+from t5x_inference_ext.engine.draft_width import best_width, verify_widths
 from t5x_inference_ext.engine.drafting import Outlook
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.executor import DeviceExecutor
@@ -20,7 +21,6 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.serve import serve
-from t5x_inference_ext.engine.speculative_steps import _best_width, verify_widths
 from t5x_inference_ext.engine.step_prices import AGREE_EVERY, StepPrices
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.speculation import Speculation, parse_speculation
@@ -341,7 +341,7 @@ def test_the_width_suits_rows_that_wait_or_the_last_row():
     ((0, 0), (20, 20), True, 0),
   ]:
     outlook = Outlook(ints(*counts), ints(0, 0), ints(0, 0), ints(0, 0))
-    index = _best_width((0, 2, 4), prices, state, outlook, ints(*left), live, jnp.asarray(waited))
+    index = best_width((0, 2, 4), prices, state, outlook, ints(*left), live, jnp.asarray(waited))
     assert index == wanted, (counts, left, waited)
 
 
