@@ -94,7 +94,7 @@ def core_rows(process: str) -> tuple[dict[str, list], int]:
   )
   # Prices at which drafts always pay, whatever this machine's are.
   free = np.ones(1 + len(verify_widths(drafts.most)), np.float32)
-  core._decoder._prices = mock.Mock(next=lambda: free)
+  core._decoder._prices = mock.Mock(tries_plain=False, next=lambda: free)
   late = [
     Request((0, *prompt), (i,), limit, SamplingParams(0.7), grammar=GRAMMAR if i == 3 else None)
     for i, (prompt, limit) in enumerate(zip(CORE_PROMPTS, CORE_LIMITS))

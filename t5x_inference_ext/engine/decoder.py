@@ -19,7 +19,7 @@ from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.engine.slots import StepsOutput
 from t5x_inference_ext.engine.state import ChosenTokens
 from t5x_inference_ext.engine.stats import DraftStats
-from t5x_inference_ext.engine.step_prices import StepPrices
+from t5x_inference_ext.engine.step_prices import TRIAL_STEPS, StepPrices
 from t5x_inference_ext.engine.token_choice import TokenMasks
 from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
 
@@ -147,6 +147,8 @@ class Decoder:
     timed = compiled and after != 'prefill'
     if after or not compiled:  # compiling or other work also delays programs started before
       self._started = collections.deque(each._replace(begun=None) for each in self._started)
+    if self._prices is not None and self._prices.tries_plain:
+      steps = min(steps, TRIAL_STEPS)
     output = self._decode(table, steps, until_free, *reads)
     drafts = self._config.most_tokens - self._config.decode_steps
     self._start_steps(table, output, steps + drafts, begun if timed else None)
@@ -233,6 +235,7 @@ class Decoder:
         read=read,
         read_shared=shared,
       )
+      self._timed.add((read, shared))
     if self._grammars:
       for read, shared in self._config.logits_reads(shards):
         logits = timed_run(

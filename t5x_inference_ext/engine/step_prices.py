@@ -18,6 +18,11 @@ FIRST_PRICE = 0.02
 KEPT, FIRST_WEIGHT = 0.98, 0.005
 # Measured times are clipped to these multiples of the expected time: other work disturbs some.
 LEAST, MOST = 0.5, 3.0
+# One in so many programs checks no drafts, so that the time of plain steps is known, whatever pays;
+# it has at most TRIAL_STEPS steps.
+PLAIN_EVERY, TRIAL_STEPS = 64, 2
+# Price at which no step checks drafts.
+TOO_MUCH = 1e6
 # Several processes exchange prices once in this many programs.
 AGREE_EVERY = 32
 _COUNT = itertools.count()  # numbers the StepPrices in this process, for unique names
@@ -49,15 +54,22 @@ class StepPrices:
     found = self._first if self._seconds is None else self._seconds
     return (found / found[0]).astype(np.float32)
 
+  @property
+  def tries_plain(self) -> bool:
+    """Whether the next program checks no drafts, to measure plain steps. Equal in all processes."""
+    unknown = self._messages is None and not self._matrix[0, 0]
+    return unknown or self._asked % PLAIN_EVERY == 0
+
   def next(self) -> np.ndarray:
     """Return the prices for the next program, [W] float32. Processes must call it equally often."""
-    if self._messages is None:
-      return self.prices
-    if self._asked % AGREE_EVERY == 0:
-      message = self._messages.next(self.prices.tobytes)
-      self._agreed = np.frombuffer(message, np.float32)
+    found, plain = self.prices, self.tries_plain
+    if self._messages is not None:
+      if self._asked % AGREE_EVERY == 0:
+        message = self._messages.next(self.prices.tobytes)
+        self._agreed = np.frombuffer(message, np.float32)
+      found = self._agreed
     self._asked += 1
-    return self._agreed
+    return np.where(np.arange(len(found)) == 0, found, np.float32(TOO_MUCH)) if plain else found
 
   def add(self, seconds: float, passes: np.ndarray) -> None:
     """Learn from a program that took `seconds` for `passes` [W] steps of each kind."""

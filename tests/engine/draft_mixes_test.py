@@ -92,7 +92,7 @@ def test_random_mixes_with_drafts_are_identical_to_one_at_a_time(name):
   for i in range(FIRST, LAST):
     rng = np.random.default_rng(5000 + i)
     prices = np.asarray(PRICES[i % 3], np.float32)
-    core._decoder._prices = mock.Mock(next=lambda prices=prices: prices)
+    core._decoder._prices = mock.Mock(tries_plain=False, next=lambda prices=prices: prices)
     requests = identity_test.mix(rng, grammars=False, samplings=kind.samplings)
     for (index, sample), (tokens, finish) in identity_test.served(core, requests, rng).items():
       asked, seed = requests[index], requests[index].seeds[sample]
