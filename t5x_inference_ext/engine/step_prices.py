@@ -16,7 +16,8 @@ FIRST_PRICE = 0.02
 # the assumed price of each kind, in measurements. So a kind that seems too slow is tried again
 # after some 260 measurements: the cause of its slowness may be over.
 KEPT, FIRST_WEIGHT = 0.98, 0.005
-# Measured times are clipped to these multiples of the expected time: other work disturbs some.
+# Measured times, but for the first of a kind, are clipped to these multiples of the expected time:
+# other work disturbs some.
 LEAST, MOST = 0.5, 3.0
 # One in so many programs checks no drafts, so that the time of plain steps is known, whatever pays;
 # it has at most TRIAL_STEPS steps.
@@ -79,7 +80,8 @@ class StepPrices:
     if self._seconds is None:
       self._seconds = self._first * (seconds / (counts @ self._first))
     expected = counts @ self._seconds
-    seconds = float(np.clip(seconds, LEAST * expected, MOST * expected))
+    if np.diag(self._matrix)[counts > 0].all():  # nothing is known of a kind's first time
+      seconds = float(np.clip(seconds, LEAST * expected, MOST * expected))
     self._matrix = KEPT * self._matrix + np.outer(counts, counts) / seconds**2
     self._right = KEPT * self._right + counts / seconds
     first = self._first * self._seconds[0]

@@ -124,7 +124,7 @@ def test_steps_are_timed_while_rows_wait():
     rows = arrivals(*[(0, 16, 8 + i) for i in range(24)])
     sizes = config(4, speculate=NGRAM, decode_steps=4)
     simulate(MODEL, sizes, drafted_prices(1.5), rows, acceptance=[0.8])
-  assert len(added) > 0.8 * len(programs) > 20
+  assert len(added) > 0.8 * len(programs) > 10
   for seconds, passes in added:  # exactly: no other program's time is counted
     assert seconds == pytest.approx(STEP * (passes @ [1, 1.5, 1.5]))
 
