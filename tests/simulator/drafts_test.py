@@ -80,12 +80,12 @@ def test_numpy_chooses_as_jax():
 
 
 def test_a_draft_that_is_always_right_gives_five_tokens_a_step():
-  """The first token comes with the insertion; 10 more take two steps of 1.2 plain ones."""
-  rows = arrivals((0, 16, 11))
+  """A token comes with the insertion, 3 with plain steps that are measured, 10 with two drafts."""
+  rows = arrivals((0, 16, 14))
   found = simulate(MODEL, config(speculate=NGRAM), drafted_prices(1.2), rows, acceptance=[1.0])
-  assert found.seconds == pytest.approx(CHUNK + INSERT + 2 * 1.2 * STEP)
+  assert found.seconds == pytest.approx(CHUNK + INSERT + (3 + 2 * 1.2) * STEP)
   drafts = found.drafts
-  assert (drafts.row_steps, drafts.generated, drafts.drafted, drafts.accepted) == (2, 10, 8, 8)
+  assert (drafts.row_steps, drafts.generated, drafts.drafted, drafts.accepted) == (5, 13, 8, 8)
 
 
 def test_tokens_a_step_follow_the_acceptance():
@@ -95,7 +95,7 @@ def test_tokens_a_step_follow_the_acceptance():
   for acceptance, mean in (((0.7,), tokens_of_step(0.7, 4)), ((1, 0.5), 2 + 0.5 + 0.25 + 0.125)):
     found = simulate(MODEL, sizes, drafted_prices(1.0), rows, acceptance=acceptance)
     assert found.tokens == 24 * 64
-    assert found.drafts.tokens_per_step == pytest.approx(mean, rel=0.06)
+    assert found.drafts.tokens_per_step == pytest.approx(mean, rel=0.1)
 
 
 def test_drafts_that_do_not_pay_are_hardly_checked():
