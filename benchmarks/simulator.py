@@ -8,7 +8,8 @@ table of the time that each program takes. The benchmark prints the latencies of
 relative differences, at several loads. A load is a share of the highest rate of requests that can
 be served, according to the simulator. The table is the average of measurements before and after
 each real run, because the machine's speed drifts; nothing is fitted to latencies. --prices writes
-the last table, for `plan --prices`.
+the last table, for `plan --prices`. With --speculate only this table is measured and written: a
+random model's text says nothing about drafts.
 """
 
 import argparse
@@ -58,6 +59,7 @@ def main() -> None:
   )
   parser.add_argument('--load', default='0.3,0.5,0.7', help='shares of the most that can be served')
   parser.add_argument('--prices', help='file for the table of prices')
+  parser.add_argument('--speculate', help='drafts, such as ngram:8')
   parser.add_argument('--requests', type=int, default=500)
   parser.add_argument('--prompt', type=int, default=128, help='mean tokens of a prompt')
   parser.add_argument('--generate', type=int, default=32, help='mean new tokens of a request')
@@ -73,13 +75,14 @@ def main() -> None:
   model, weights = engine.model, engine.weights
   trace = RandomTrace(args.requests, args.prompt, args.generate, args.spread)
   longest = max(len(a.tokens) + a.limit for a in trace.arrivals(1, args.vocabulary))
-  config = config_for(model, (), slots=args.slots, max_length=longest, end_ids=())
+  sizes = dict(slots=args.slots, max_length=longest, end_ids=(), speculate=args.speculate)
+  config = config_for(model, (), **sizes)
   Scheduler(model, weights, config).warm_up()
   cores = len(os.sched_getaffinity(0))
   kind = f'{jax.devices()[0].device_kind}, {cores} cores'
   print(f'{model.config}\n{kind}, {config.slots} slots, real and simulated:')
   before = measure_service(model, weights, config, args.repeats)
-  for load in map(float, args.load.split(',')):
+  for load in map(float, args.load.split(',') if args.speculate is None else ()):
     at_once = trace.arrivals(1e9, args.vocabulary)
     full = simulate(
       model, config, PriceTable(before.programs), at_once, NO_LIMITS, shared=before.shared

@@ -13,10 +13,13 @@ not measured, both sides run in turns, --rounds times. Tokens and seconds are th
 scheduler's steps that prefill nothing. Where requests wait, these are mostly the steps of the last
 rows, and the times with prefills say more. "At most" is a bound on "times" for n-grams at the
 printed prices: no choice of the lengths of drafts needs less time, even one that knows the answers,
-for each row alone. The last column has the number of rows whose tokens differ: where two tokens are
-closer than rounding errors, a row may continue differently. With --greedy_guesses, the draft model
-is also tried with drafts of its most likely tokens, instead of samples with the rows' noise. With
---always, every step checks whole drafts, whatever that costs.
+for each row alone. "Right by position" is the share of n-gram draft tokens that are right, given
+that those before them are: of the first token, the second and so on; a row without a draft counts
+as one whose first token is wrong. `plan --acceptance` takes these numbers. The last column has the
+number of rows whose tokens differ: where two tokens are closer than rounding errors, a row may
+continue differently. With --greedy_guesses, the draft model is also tried with drafts of its most
+likely tokens, instead of samples with the rows' noise. With --always, every step checks whole
+drafts, whatever that costs.
 """
 
 import argparse
@@ -33,13 +36,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_inference_ext.engine import scheduler_config
+from t5x_inference_ext.engine.draft_width import verify_widths
 from t5x_inference_ext.engine.drafting import DraftInputs, DraftState
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.ngram_drafts import NgramDrafter
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
-from t5x_inference_ext.engine.speculative_steps import verify_widths
 from t5x_inference_ext.engine.stats import DraftStats
 from t5x_inference_ext.engine.step_prices import StepPrices
 
@@ -57,6 +60,7 @@ TITLES = (
   'accepted',
   'prices',
   'at most',
+  'right by position',
   'rows that differ',
 )
 
@@ -97,6 +101,17 @@ def right_tokens(drafter: NgramDrafter, prompt: Sequence[int], answer: Sequence[
   return right
 
 
+def right_shares(right: Sequence[int], most: int) -> list[float]:
+  """Return the share of right tokens at each position of drafts, of those after right tokens.
+
+  Args:
+    right: Number of right tokens of each draft, before the first wrong one.
+    most: Number of tokens of a draft.
+  """
+  reached = [sum(count >= i for count in right) for i in range(most + 1)]
+  return [after / max(1, before) for before, after in zip(reached, reached[1:])]
+
+
 def least_time(right: Sequence[int], widths: Sequence[int], prices: Sequence[float]) -> float:
   """Return the least time, in plain steps, of a row alone that knows its answer.
 
@@ -114,6 +129,8 @@ def least_time(right: Sequence[int], widths: Sequence[int], prices: Sequence[flo
 
 class AlwaysCheck(StepPrices):
   """Prices at which every step checks all tokens of a draft."""
+
+  tries_plain = False
 
   def next(self) -> np.ndarray:
     """Return a low price of the last kind of step, and a high one of the others."""
@@ -196,6 +213,18 @@ class Side:
     ]
     return max(*times, sum(times) / self.scheduler.config.slots)
 
+  def right_by_position(self) -> list[float]:
+    """Return the share of right tokens at each position of a draft, of those after right ones."""
+    drafter = self.scheduler.executor._drafter
+    if not isinstance(drafter, NgramDrafter):
+      return []
+    right = [
+      count
+      for request, answer in zip(self._requests, self.tokens)
+      for count in right_tokens(drafter, request.tokens, answer)[: -drafter.most]  # whole drafts
+    ]
+    return right_shares(right, drafter.most)
+
   @property
   def drafts(self) -> DraftStats:
     """Counters of drafts since the reset."""
@@ -230,6 +259,7 @@ def row(names: list[str], sides: list[Side], rounds: int) -> str:
     f'{drafts.accepted} of {drafts.drafted}, {drafts.accepted / max(1, drafts.drafted):.0%}',
     ', '.join(f'{price:.2f}' for price in prices),
     '' if least is None else f'{sides[0].steps / least:.2f}',
+    ', '.join(f'{share:.2f}' for share in sides[1].right_by_position()),
     different,
   ]
   return '| ' + ' | '.join(map(str, cells)) + ' |'

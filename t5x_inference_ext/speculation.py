@@ -1,6 +1,7 @@
-"""The option `speculate`: the kind of drafts that rows get, and their length."""
+"""The option `speculate`: the kind of drafts that rows get, and their length; their acceptance."""
 
 import dataclasses
+import math
 
 from t5x_inference_ext.errors import RequestError
 
@@ -40,3 +41,29 @@ def parse_speculation(text: str) -> Speculation:
   if not 1 <= int(number) <= MOST_DRAFT:
     raise RequestError(f'a draft has 1 to {MOST_DRAFT} tokens, got speculate={text}')
   return Speculation(kind, int(number), path or None)
+
+
+def parse_acceptance(text: str) -> tuple[float, ...]:
+  """Parse the option `acceptance`, such as '0.65' or '0.4,0.8'.
+
+  Raises:
+    RequestError: The text is not one or more numbers from 0 to 1.
+  """
+  try:
+    found = tuple(float(part) for part in text.split(','))
+  except ValueError:
+    found = (math.nan,)
+  if not all(0 <= share <= 1 for share in found):
+    raise RequestError(
+      f'acceptance must be probabilities from 0 to 1, separated by commas, got {text!r}'
+    )
+  return found
+
+
+def check_acceptance(speculate: Speculation, acceptance: tuple[float, ...]) -> None:
+  """Raise RequestError if the acceptance of simulated drafts is not given."""
+  if not acceptance:
+    raise RequestError(
+      f'a trace does not show how often drafts ({speculate}) are right: give --acceptance, the '
+      'probability that a draft token is, if those before it are'
+    )

@@ -16,13 +16,13 @@ import numpy as np
 from t5x_inference_ext import distributed
 from t5x_inference_ext.checkpoints.readers.zarr_arrays import ZarrTensor
 from t5x_inference_ext.commands import infer
+from t5x_inference_ext.engine.draft_width import verify_widths
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.inbox import SharedInbox
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
-from t5x_inference_ext.engine.speculative_steps import verify_widths
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.rendezvous import ProcessOptions
 from t5x_inference_ext.speculation import Speculation
@@ -94,7 +94,7 @@ def core_rows(process: str) -> tuple[dict[str, list], int]:
   )
   # Prices at which drafts always pay, whatever this machine's are.
   free = np.ones(1 + len(verify_widths(drafts.most)), np.float32)
-  core._decoder._prices = mock.Mock(next=lambda: free)
+  core._decoder._prices = mock.Mock(tries_plain=False, next=lambda: free)
   late = [
     Request((0, *prompt), (i,), limit, SamplingParams(0.7), grammar=GRAMMAR if i == 3 else None)
     for i, (prompt, limit) in enumerate(zip(CORE_PROMPTS, CORE_LIMITS))

@@ -131,11 +131,13 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
     ('both', 'prefill', 'decode'),
   ),
   (
-    'integer',
+    'string',
     'speculate',
     None,
-    'Most tokens of a draft, 1 to 16: also print the time of steps that check drafts, and from '
-    'which acceptance on they pay (docs/decoding.md).',
+    'Most tokens of a draft, 1 to 16, or ngram:8: also print the time of steps that check drafts, '
+    'and from which acceptance on they pay (docs/decoding.md). With --rate or --trace: the drafts '
+    'that steps check, such as ngram:8, or draft:palm_8b:4 with a draft model; --acceptance says '
+    'how often they are right.',
   ),
   (
     'boolean',

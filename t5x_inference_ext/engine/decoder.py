@@ -3,11 +3,11 @@
 import collections
 from collections.abc import Iterator, Sequence
 import itertools
-import time
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from t5x_inference_ext.engine.draft_width import verify_widths
 from t5x_inference_ext.engine.executor import Executor
 from t5x_inference_ext.engine.grammars import masks_of
 from t5x_inference_ext.engine.prefilling import Prompt, ReadyRow
@@ -17,10 +17,9 @@ from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_params import slot_row
 from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.engine.slots import StepsOutput
-from t5x_inference_ext.engine.speculative_steps import verify_widths
 from t5x_inference_ext.engine.state import ChosenTokens
 from t5x_inference_ext.engine.stats import DraftStats
-from t5x_inference_ext.engine.step_prices import StepPrices
+from t5x_inference_ext.engine.step_prices import TRIAL_STEPS, StepPrices
 from t5x_inference_ext.engine.token_choice import TokenMasks
 from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
 
@@ -130,7 +129,9 @@ class Decoder:
     self._started.append(_Started({slot: row}, output, False))
     return output
 
-  def decode(self, table: SlotTable, steps: int, until_free: bool, *, alone: bool = False) -> None:
+  def decode(
+    self, table: SlotTable, steps: int, until_free: bool, after: str | None = 'prefill'
+  ) -> None:
     """Start decode steps for all slots.
 
     Args:
@@ -138,13 +139,16 @@ class Decoder:
       steps: Maximum number of steps; with drafts, the steps stop once any row has this many new
         tokens.
       until_free: Whether to stop as soon as a row ends.
-      alone: Whether no other program was started since the last decode steps, so that the duration
-        of these steps can be measured.
+      after: Last program since the previous decode steps: 'prefill', 'insert', or None. Steps after
+        'prefill' are not measured, because nothing shows when they begin.
     """
-    begun, reads = time.perf_counter(), self._reads(table)
-    timed = alone and reads in self._timed
-    if not timed:  # compiling or other work also delays the programs started before
+    begun, reads = self._executor.now(), self._reads(table)
+    compiled = reads in self._timed
+    timed = compiled and after != 'prefill'
+    if after or not compiled:  # compiling or other work also delays programs started before
       self._started = collections.deque(each._replace(begun=None) for each in self._started)
+    if self._prices is not None and self._prices.tries_plain:
+      steps = min(steps, TRIAL_STEPS)
     output = self._decode(table, steps, until_free, *reads)
     drafts = self._config.most_tokens - self._config.decode_steps
     self._start_steps(table, output, steps + drafts, begun if timed else None)
@@ -231,6 +235,7 @@ class Decoder:
         read=read,
         read_shared=shared,
       )
+      self._timed.add((read, shared))
     if self._grammars:
       for read, shared in self._config.logits_reads(shards):
         logits = timed_run(
@@ -255,6 +260,8 @@ class Decoder:
       output = self._executor.fetch(started.output)
       if started.steps:
         self._count(started, output)
+      elif self._prices is not None:
+        self._read_at = self._executor.now()
       # Convert to lists once for all rows: indexing arrays row by row is slow.
       tokens, log_probs = (x.T.tolist() for x in output.chosen[:2])
       counts, failed = output.counts.tolist(), output.failed.tolist()
@@ -276,7 +283,7 @@ class Decoder:
     self.decoded += int(work.passes.sum()) * self._config.slots
     new = DraftStats(int(work.rows), generated, int(work.drafted), int(work.accepted))
     self.drafts = self.drafts.plus(new)
-    now = time.perf_counter()
+    now = self._executor.now()
     if started.begun is not None:
       self._prices.add(now - max(started.begun, self._read_at), np.asarray(work.passes))
     self._read_at = now

@@ -13,9 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 from t5x_inference_ext.engine.state import DecodeState, RowParams
 from t5x_inference_ext.model.transformer import Model
+
+AnyArray = jax.Array | np.ndarray  # numpy's are for simulations
 
 # A new row starts with the usual acceptance rate, as if this many draft tokens had been checked.
 USUAL_TOKENS = 4.0
@@ -194,34 +197,40 @@ def note_tokens(
 
 def note_acceptance(
   drafting: DraftState,
-  grades: Int[Array, ' B'],
-  accepted: Int[Array, ' B'],
-  checked: Int[Array, ' B'],
+  grades: Int[AnyArray, ' B'],
+  accepted: Int[AnyArray, ' B'],
+  checked: Int[AnyArray, ' B'],
 ) -> DraftState:
   """Add the accepted and the checked tokens of each row's draft to the counts.
 
-  Counts of a row and grade for which nothing was checked move slowly towards the usual ones.
+  Counts of a row and grade for which nothing was checked move slowly towards the usual ones. The
+  arrays may also be numpy's, as in a simulation.
   """
-  mine = jnp.arange(drafting.seen.shape[1])[None, :] == grades[:, None]
+  xp = drafting.seen.__array_namespace__()
+  mine = xp.arange(drafting.seen.shape[1])[None, :] == grades[:, None]
   mine &= (checked > 0)[:, None]
-  new = jnp.stack([accepted, checked], axis=1).astype(jnp.float32)[:, None, :]
-  new = jnp.where(mine[:, :, None], new, 0)  # [B, G, 2]
+  new = xp.stack([accepted, checked], axis=1).astype(xp.float32)[:, None, :]
+  new = xp.where(mine[:, :, None], new, 0)  # [B, G, 2]
   others = drafting.seen + RETURN * (_as_usual(drafting)[None] - drafting.seen)
-  kept = jnp.where(jnp.any(mine, axis=0)[:, None], USUAL_DECAY, 1.0) * drafting.usual
+  kept = xp.where(xp.any(mine, axis=0)[:, None], USUAL_DECAY, 1.0) * drafting.usual
   return dataclasses.replace(
     drafting,
-    seen=jnp.where(mine[:, :, None], DECAY * drafting.seen + new, others),
-    usual=kept + jnp.sum(new, axis=0),
+    seen=xp.where(mine[:, :, None], DECAY * drafting.seen + new, others),
+    usual=kept + xp.sum(new, axis=0),
   )
 
 
-def expected_tokens(drafting: DraftState, outlook: Outlook, width: int) -> Float[Array, ' B']:
-  """Return each row's expected number of new tokens in a step that checks `width` draft tokens."""
-  mine = jnp.take_along_axis(drafting.seen, outlook.grades[:, None, None], axis=1)[:, 0]
-  rate = jnp.minimum(mine[:, 0] / mine[:, 1], HIGHEST_RATE)
-  power, total = jnp.ones_like(rate), jnp.ones_like(rate)
+def expected_tokens(drafting: DraftState, outlook: Outlook, width: int) -> Float[AnyArray, ' B']:
+  """Return each row's expected number of new tokens in a step that checks `width` draft tokens.
+
+  The arrays may also be numpy's, as in a simulation.
+  """
+  xp = drafting.seen.__array_namespace__()
+  mine = xp.take_along_axis(drafting.seen, outlook.grades[:, None, None], axis=1)[:, 0]
+  rate = xp.minimum(mine[:, 0] / mine[:, 1], HIGHEST_RATE)
+  power, total = xp.ones_like(rate), xp.ones_like(rate)
   for position in range(width):
-    power = jnp.where(position < outlook.counts, power * rate, 0)
+    power = xp.where(position < outlook.counts, power * rate, 0)
     total = total + power
   return total
 

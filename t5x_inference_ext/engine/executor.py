@@ -4,6 +4,7 @@ Everything above an executor is host work. DeviceExecutor runs the programs of e
 simulator/executor.py has one that only counts the time that they would take.
 """
 
+import time
 from typing import Any, Protocol
 
 import jax
@@ -101,6 +102,9 @@ class Executor(Protocol):
 
   def settle(self) -> None:
     """Wait like `wait`, but only if prefill must not run beside decode steps on this device."""
+
+  def now(self) -> float:
+    """Return the time in seconds, by which programs are timed."""
 
 
 class DeviceExecutor:
@@ -259,6 +263,10 @@ class DeviceExecutor:
     """Wait like `wait`, but only if prefill must not run beside decode steps on this device."""
     if self._one_at_a_time:
       self.wait()
+
+  def now(self) -> float:
+    """Return the machine's time in seconds."""
+    return time.perf_counter()
 
 
 def _on_its_way(output: StepsOutput) -> StepsOutput:

@@ -38,6 +38,11 @@ class PagePool:
     self._first = [0] * rows  # index of the row's first own page; those before it are shared
     self._ends = [0] * rows  # the page index after a row's last page
 
+  @property
+  def ample(self) -> bool:
+    """Whether there are pages for rows of the maximum length in all slots: none can be lacking."""
+    return self.pages > self._rows_of_shard * self.table.shape[1]
+
   def shard(self, row: int) -> int:
     """Return the shard that a row is on."""
     return row // self._rows_of_shard

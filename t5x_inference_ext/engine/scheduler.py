@@ -152,7 +152,7 @@ class Scheduler:
     follows, or `decode_steps` if no request waits and no row has a grammar.
     """
     events = self._take_commands()
-    filled = self._fill_slots()
+    after = self._fill_slots()
     leave = int(self.config.decode_steps == 1)
     if self._make_room(events):
       if any(row is not None and row.matcher is not None for row in self._table.rows):
@@ -162,7 +162,7 @@ class Scheduler:
         leave = 1
       else:
         steps = 1 if self._rows_wait and self._table.free else self.config.decode_steps
-        self._decoder.decode(self._table, steps, until_free=self._rows_wait, alone=not filled)
+        self._decoder.decode(self._table, steps, self._rows_wait, after)
       self._free_full_slots()
     # With single steps, the devices run the newest step while the host reads the previous one.
     self._read(events, leave=leave if self._table.busy else 0)
@@ -205,24 +205,24 @@ class Scheduler:
       self._table.leave_all(lambda row: row.finished)
     return events
 
-  def _fill_slots(self) -> bool:
-    """Prefill waiting prompts within the budget, fill free slots; return whether any work began."""
-    budget, worked = self.config.prefill_budget, False
+  def _fill_slots(self) -> str | None:
+    """Prefill prompts within the budget, fill slots; return the last program (Decoder.decode)."""
+    budget, last = self.config.prefill_budget, None
     while self._table.free and self._rows_wait:
       self.executor.settle()
-      worked = True
       if self._prefiller.ready:
         if not self._insert_next():
           break
+        last = 'insert'
       elif budget <= 0 or not self._has_group():
         break
       else:
-        budget -= self._prefiller.chunk()
-    if worked and self._table.busy:
+        budget, last = budget - self._prefiller.chunk(), 'prefill'
+    if last and self._table.busy:
       self.executor.settle()
-    elif worked:  # chunks of prompts that are cancelled must not queue up
+    elif last:  # chunks of prompts that are cancelled must not queue up
       self.executor.wait()
-    return worked
+    return last
 
   @property
   def _rows_wait(self) -> bool:

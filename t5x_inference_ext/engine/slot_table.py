@@ -64,11 +64,11 @@ class SlotTable:
       return None
     slot = min(map(int, slots), key=lambda s: (-self.pool.free_pages(self.pool.shard(s)), s))
     shard = self.pool.shard(slot)
-    # Keep one free page in reserve for every two other rows of the shard, so that the new row does
-    # not soon cause a preemption. A row that is alone needs no reserve.
+    # Unless no page can be lacking, keep one free page in reserve for every two other rows of the
+    # shard, so that the new row does not soon cause a preemption. A row alone needs no reserve.
     others = sum(self.rows[row] is not None for row in self.pool.rows(shard))
     needed = self.pool.pages_of(length)
-    if others:
+    if others and not self.pool.ample:
       needed = max(needed, min(needed + others // 2, self.pool.pages - 1))
     return slot if needed <= self.pool.free_pages(shard) else None
 

@@ -18,12 +18,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.engine.draft_acceptance import CheckedDrafts, choose_checked
+from t5x_inference_ext.engine.draft_width import best_width, verify_widths
 from t5x_inference_ext.engine.drafting import (
   Drafter,
   DraftInputs,
   DraftState,
   Outlook,
-  expected_tokens,
   note_acceptance,
   placed_drafting,
 )
@@ -41,11 +41,6 @@ from t5x_inference_ext.model.pages import PagedCache
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
-# Factor by which a step that checks drafts must be expected to beat a plain step: prices and
-# acceptance rates are only estimates.
-LEAST_GAIN = 1.1
-
-
 # Cache, logits [B, K + 1, V] and drafts [B, K] of a step, and the drafter's own state.
 _Run = tuple[PagedCache, jax.Array, jax.Array, Any]
 
@@ -59,14 +54,6 @@ class _Loop(NamedTuple):
   out: ChosenTokens
   logits: jax.Array
   work: StepsWork
-
-
-def verify_widths(most: int) -> tuple[int, ...]:
-  """Return the numbers of draft tokens that steps may check, at most `most`, in ascending order.
-
-  With many rows, checking few tokens of each can be worthwhile where checking many is not.
-  """
-  return (most,) if most < 4 else (max(2, 3 * most // 8), most)
 
 
 def speculative_steps(
@@ -122,7 +109,7 @@ def speculative_steps(
     # A step chooses at most one token more than the draft has.
     left = jnp.asarray(slots.rows.limits) - loop.state.counts - 1
     outlook = outlook._replace(counts=jnp.where(live, jnp.clip(outlook.counts, 0, left), 0))
-    index = _best_width(widths, prices, loop.drafting, outlook, left + 1, live, until_free)
+    index = best_width(widths, prices, loop.drafting, outlook, left + 1, live, until_free)
     width = jnp.asarray(widths)[index]
     drafts = jnp.full((count, drafter.most), -1, jnp.int32).at[:, 0].set(outlook.first)
     run: _Run = loop.cache, loop.logits, drafts, loop.drafting.own
@@ -177,39 +164,6 @@ def _if(flag: jax.Array, function: Callable[[Any], Any], x: Any) -> Any:
   """Return function(x) if the flag is true, else x."""
   once = lambda carry: (jnp.asarray(False), function(carry[1]))
   return lax.while_loop(lambda carry: carry[0], once, (flag, x))[1]
-
-
-def _best_width(
-  widths: tuple[int, ...],
-  prices: jax.Array,
-  drafting: DraftState,
-  outlook: Outlook,
-  left: jax.Array,
-  live: jax.Array,
-  waited: jax.Array,
-) -> jax.Array:
-  """Return the index in `widths` of the number of draft tokens to check.
-
-  If a row waits for a slot, the number with the most new tokens per time is chosen. If none waits,
-  slots that become free early are useless, and the number with which the last row ends soonest is
-  chosen.
-
-  Args:
-    widths: Numbers of draft tokens that a step can check.
-    prices: [W] float32. Time of a step that checks each number.
-    drafting: Drafting state, with the acceptance of earlier drafts.
-    outlook: The drafts that rows could get.
-    left: [B] int32. Maximum number of tokens that each row gets before it ends.
-    live: [B] bool. Whether the row has not ended.
-    waited: Scalar bool. Whether a row waits for a slot.
-  """
-  gains = jnp.stack([expected_tokens(drafting, outlook, width) for width in widths])  # [W, B]
-  together = jnp.sum(jnp.where(live[None, :], gains, 0), axis=1)
-  steps = jnp.max(jnp.where(live[None, :], left[None, :] / gains, 0), axis=1)
-  rates = jnp.where(waited, together, 1 / jnp.maximum(steps, 1)) / prices
-  rates = rates.at[0].multiply(LEAST_GAIN)
-  drafted = jnp.any(outlook.counts > 0)
-  return jnp.where(drafted, jnp.argmax(rates), 0)
 
 
 def _pass(

@@ -16,8 +16,14 @@ FIRST_PRICE = 0.02
 # the assumed price of each kind, in measurements. So a kind that seems too slow is tried again
 # after some 260 measurements: the cause of its slowness may be over.
 KEPT, FIRST_WEIGHT = 0.98, 0.005
-# Measured times are clipped to these multiples of the expected time: other work disturbs some.
+# Measured times, but for the first of a kind, are clipped to these multiples of the expected time:
+# other work disturbs some.
 LEAST, MOST = 0.5, 3.0
+# One in so many programs checks no drafts, so that the time of plain steps is known, whatever pays;
+# it has at most TRIAL_STEPS steps.
+PLAIN_EVERY, TRIAL_STEPS = 64, 2
+# Price at which no step checks drafts.
+TOO_MUCH = 1e6
 # Several processes exchange prices once in this many programs.
 AGREE_EVERY = 32
 _COUNT = itertools.count()  # numbers the StepPrices in this process, for unique names
@@ -49,15 +55,22 @@ class StepPrices:
     found = self._first if self._seconds is None else self._seconds
     return (found / found[0]).astype(np.float32)
 
+  @property
+  def tries_plain(self) -> bool:
+    """Whether the next program checks no drafts, to measure plain steps. Equal in all processes."""
+    unknown = self._messages is None and not self._matrix[0, 0]
+    return unknown or self._asked % PLAIN_EVERY == 0
+
   def next(self) -> np.ndarray:
     """Return the prices for the next program, [W] float32. Processes must call it equally often."""
-    if self._messages is None:
-      return self.prices
-    if self._asked % AGREE_EVERY == 0:
-      message = self._messages.next(self.prices.tobytes)
-      self._agreed = np.frombuffer(message, np.float32)
+    found, plain = self.prices, self.tries_plain
+    if self._messages is not None:
+      if self._asked % AGREE_EVERY == 0:
+        message = self._messages.next(self.prices.tobytes)
+        self._agreed = np.frombuffer(message, np.float32)
+      found = self._agreed
     self._asked += 1
-    return self._agreed
+    return np.where(np.arange(len(found)) == 0, found, np.float32(TOO_MUCH)) if plain else found
 
   def add(self, seconds: float, passes: np.ndarray) -> None:
     """Learn from a program that took `seconds` for `passes` [W] steps of each kind."""
@@ -67,7 +80,8 @@ class StepPrices:
     if self._seconds is None:
       self._seconds = self._first * (seconds / (counts @ self._first))
     expected = counts @ self._seconds
-    seconds = float(np.clip(seconds, LEAST * expected, MOST * expected))
+    if np.diag(self._matrix)[counts > 0].all():  # nothing is known of a kind's first time
+      seconds = float(np.clip(seconds, LEAST * expected, MOST * expected))
     self._matrix = KEPT * self._matrix + np.outer(counts, counts) / seconds**2
     self._right = KEPT * self._right + counts / seconds
     first = self._first * self._seconds[0]

@@ -18,6 +18,7 @@ from t5x_inference_ext.planner.service_options import ServiceOptions
 from t5x_inference_ext.planner.text import table
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import parse_mesh
+from t5x_inference_ext.speculation import Speculation, parse_speculation
 from t5x_inference_ext.text_files import check_plots, check_writable, write_text
 from t5x_inference_ext.text_format import seconds_text
 
@@ -44,7 +45,7 @@ def plan(
   output_dir: str = '.',
   gin_output: str | None = None,
   json_file: str | None = None,
-  speculate: int | None = None,
+  speculate: int | str | None = None,
   write: Callable[[str], None] = print,
   **service: Any,
 ) -> None:
@@ -73,7 +74,8 @@ def plan(
     output_dir: Directory of the figures and of the sweep's CSV.
     gin_output: File for the plan as gin bindings.
     json_file: File for every number, as JSON.
-    speculate: Most tokens of a draft: print where drafts pay. None: drafts are left out.
+    speculate: Most tokens of a draft, or drafts such as 'ngram:8': print where drafts pay. For a
+      service, the drafts that its steps check. None: drafts are left out.
     write: Takes the report's text. Progress goes to stderr.
     **service: Options of ServiceOptions: a service to simulate instead of a plan.
 
@@ -113,18 +115,21 @@ def plan(
     'check': check,
     'latency_target_ms': latency_target_ms,
     'phase': phase != 'both',
-    'speculate': speculate,
   }
   if options.is_enabled:
     _refuse({**many, 'sweep': sweep}, 'this run simulates a service')
-    _serve(request, machines, batch, options, output_dir if figure else None, json_file, write)
+    drafts_of_service = None if speculate is None else parse_speculation(str(speculate))
+    figure_dir = output_dir if figure else None
+    _serve(request, machines, batch, options, drafts_of_service, figure_dir, json_file, write)
     return
   if sweep:
-    _refuse({**many, 'json': json_file, 'figures': figure}, 'sweep makes many')
+    single = {'json': json_file, 'figures': figure, 'speculate': speculate}
+    _refuse({**many, **single}, 'sweep makes many')
     _sweep(request, machines, batches, output_dir, write)
     return
   if speculate is not None and phase == 'prefill':
     raise RequestError('speculate is for decode steps, and phase=prefill has none')
+  most = None if speculate is None else _draft_length(speculate)
   one = len(machines) == len(batches) == 1
   choice = choose.choose(
     request,
@@ -134,7 +139,7 @@ def plan(
     target=None if latency_target_ms is None else latency_target_ms / 1e3,
     say=(lambda text: None) if one else _say,
   )
-  _write_choice(choice, check, gin_output, json_file, speculate, write)
+  _write_choice(choice, check, gin_output, json_file, most, write)
   if figure:
     _draw(choice, output_dir, write)
 
@@ -145,6 +150,14 @@ def _parse_layouts(text: str) -> tuple[Layout, Layout]:
   if len(names) > 2:
     raise RequestError(f'layout must be PREFILL,DECODE or one layout for both, got {text!r}')
   return Layout.parse(names[0]), Layout.parse(names[-1])
+
+
+def _draft_length(speculate: int | str) -> int:
+  """Return the most tokens of a draft, from their number or from drafts such as 'ngram:8'."""
+  text = str(speculate)
+  if text.isascii() and text.lstrip('-').isdigit():
+    return int(text)
+  return parse_speculation(text).most
 
 
 def _refuse(given: dict[str, Any], why: str) -> None:
@@ -159,6 +172,7 @@ def _serve(
   machines: Sequence[Machine],
   slots: int | None,
   options: ServiceOptions,
+  speculate: Speculation | None,
   figure_dir: str | None,
   json_file: str | None,
   write: Callable[[str], None],
@@ -167,7 +181,7 @@ def _serve(
   # Imported here: these modules import the scheduler, which a plan does not need.
   from t5x_inference_ext.planner import service, service_report
 
-  study = service.study_service(request, machines, slots, options, _say)
+  study = service.study_service(request, machines, slots, options, _say, speculate)
   write(service_report.study_text(study))
   if json_file:
     write_text(json_file, service_report.study_json(study))

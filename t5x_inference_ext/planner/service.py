@@ -16,6 +16,7 @@ from t5x_inference_ext.planner.service_options import ServiceOptions
 from t5x_inference_ext.simulator.service import ServedTrace, WaitingLimits
 from t5x_inference_ext.simulator.simulate import simulate
 from t5x_inference_ext.simulator.trace import Arrival, RandomTrace, at_rate, rate_of, read_trace
+from t5x_inference_ext.speculation import Speculation, check_acceptance
 
 _HOUR = 3600
 
@@ -87,6 +88,7 @@ def study_service(
   slots: int | None,
   options: ServiceOptions,
   say: Callable[[str], None] = lambda text: None,
+  speculate: Speculation | None = None,
 ) -> ServiceStudy:
   """Simulate a service on each machine, at each rate.
 
@@ -96,16 +98,27 @@ def study_service(
     slots: Slots of the scheduler; None: try each of SLOTS that fits.
     options: The requests, prices and targets.
     say: Takes a line of progress for each simulation.
+    speculate: Drafts that steps check; the path of a draft model is the name of a preset.
 
   Raises:
-    RequestError: A file can't be read, nothing fits, or a request does not fit.
+    RequestError: A file can't be read, nothing fits, a request does not fit, or drafts have no
+      acceptance.
     MeshError: None of the machines divides the model.
   """
+  if speculate is not None and options.prices is not None:
+    raise RequestError('a file of prices says which drafts its times are for: leave out speculate')
+  if options.prices is None:
+    _check_drafts(speculate, options)
   arrivals = _traces(request, options)
   (_, first), *_ = arrivals
   if options.prices is None:
     candidates = all_candidates(
-      request, machines, SLOTS if slots is None else (slots,), first, options.host_us / 1e6
+      request,
+      machines,
+      SLOTS if slots is None else (slots,),
+      first,
+      options.host_us / 1e6,
+      speculate,
     )
   else:
     if len(machines) != 1 or slots is not None:
@@ -113,13 +126,21 @@ def study_service(
         'a file of prices is for one slice and its slots: give one --slice, and no --batch'
       )
     candidates = [priced_candidate(request, machines[0], options.prices, first)]
+    _check_drafts(candidates[0].config.speculate, options)
   runs = []
   bounds = WaitingLimits(options.max_waiting_requests, options.max_waiting_tokens)
   for rate, trace in arrivals:
     for each in candidates:
       say(f'{each.machine}, {each.config.slots} slots, {rate:.4g} requests a second')
       service = simulate(
-        each.model, each.config, each.prices, trace, bounds, each.block_bytes, each.shared
+        each.model,
+        each.config,
+        each.prices,
+        trace,
+        bounds,
+        each.block_bytes,
+        each.shared,
+        options.acceptances,
       )
       runs.append(Simulated(each, rate, service, _meets(service, options)))
   mean = request.replace(
@@ -127,6 +148,14 @@ def study_service(
     output_length=max(1, round(sum(a.limit for a in first) / len(first))),
   )
   return ServiceStudy(mean, options, len(first), tuple(runs))
+
+
+def _check_drafts(speculate: Speculation | None, options: ServiceOptions) -> None:
+  """Raise RequestError if drafts have no acceptance, or an acceptance has no drafts."""
+  if speculate is not None:
+    check_acceptance(speculate, options.acceptances)
+  elif options.acceptance is not None:
+    raise RequestError('acceptance is for drafts: give --speculate, such as ngram:8, too')
 
 
 def _traces(request: PlanRequest, options: ServiceOptions) -> list[tuple[float, list[Arrival]]]:

@@ -6,11 +6,13 @@ import math
 
 from jax.sharding import AbstractMesh
 
+from t5x_inference_ext.config import PRESETS, ModelConfig, preset
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig, config_for
 from t5x_inference_ext.errors import MeshError, RequestError
 from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.options import short_repr
 from t5x_inference_ext.planner import search
-from t5x_inference_ext.planner.costs import PassCost
+from t5x_inference_ext.planner.costs import PassCost, cost
 from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.memory import memory
 from t5x_inference_ext.planner.request import PlanRequest
@@ -20,6 +22,7 @@ from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import AXES
 from t5x_inference_ext.simulator.prices import PricedService, Prices, PriceTable
 from t5x_inference_ext.simulator.trace import Arrival
+from t5x_inference_ext.speculation import Speculation
 
 SLOTS = (8, 32, 128)  # numbers of slots to try if none is requested
 
@@ -99,6 +102,7 @@ def planned_candidates(
   slots: Sequence[int],
   arrivals: Sequence[Arrival],
   host_seconds: float,
+  speculate: Speculation | None = None,
 ) -> list[Candidate]:
   """Return a service for each number of slots that fits, with predicted prices.
 
@@ -112,7 +116,7 @@ def planned_candidates(
   for count in slots:
     ways = sorted(_ways(request, machine, count, arrivals), key=lambda way: way[0])
     for _, prefill, decode in ways:
-      candidate = _planned(request, prefill, decode, count, arrivals, host_seconds)
+      candidate = _planned(request, prefill, decode, count, arrivals, host_seconds, speculate)
       if candidate.memory is not None and candidate.memory <= machine.chip.usable_bytes:
         found.append(candidate)
         break
@@ -145,20 +149,57 @@ def _planned(
   slots: int,
   arrivals: Sequence[Arrival],
   host_seconds: float,
+  speculate: Speculation | None,
 ) -> Candidate:
   """Return the service that runs with the layouts of two costs."""
   mesh, layouts = decode.case.mesh, (prefill.case.layout, decode.case.layout)
   model = _model(request, mesh, layouts)
-  config = config_for(model, (), slots=slots, max_length=longest_row(arrivals), end_ids=())
+  config = config_for(
+    model,
+    (),
+    slots=slots,
+    max_length=longest_row(arrivals),
+    end_ids=(),
+    speculate=None if speculate is None else str(speculate),
+  )
   # `config` has the engine's numbers of rows, which it rounds up so that the mesh can split them.
   prefill = dataclasses.replace(
     prefill, case=dataclasses.replace(prefill.case, batch=config.prefill_rows)
   )
   decode = dataclasses.replace(decode, case=dataclasses.replace(decode.case, batch=config.slots))
-  prices = PlannedPrices(prefill, decode, config, host_seconds)
+  draft = None
+  if (config_of_draft := _draft_model(request, speculate)) is not None:
+    case = dataclasses.replace(decode.case, config=config_of_draft)
+    draft = cost(case, decode.convention, decode.efficiency)
+  prices = PlannedPrices(prefill, decode, config, host_seconds, draft)
   block_bytes = math.ceil(prices.position_bytes * config.block_size)
   needed = _needed_bytes(prefill, decode, config)
+  if draft is not None:
+    held = memory(draft.case, config.max_length)
+    needed += held.weights + held.cache
   return Candidate(decode.case.machine, model, config, prices, block_bytes, needed)
+
+
+def _draft_model(request: PlanRequest, speculate: Speculation | None) -> ModelConfig | None:
+  """Return the draft model, which is a preset; None without one.
+
+  Raises:
+    RequestError: No preset has the draft model's name, or its vocabulary is another one.
+  """
+  if speculate is None or speculate.path is None:
+    return None
+  if speculate.path not in PRESETS:
+    raise RequestError(
+      f'a plan knows draft models by the names of presets ({", ".join(sorted(PRESETS))}), got '
+      f'speculate={short_repr(str(speculate))}'
+    )
+  config, size = preset(speculate.path), request.config.vocab_size
+  if config.vocab_size != size:
+    raise RequestError(
+      f'{speculate.path} has a vocabulary of {config.vocab_size} tokens and the model one of '
+      f'{size}: choose a draft model with the same vocabulary'
+    )
+  return config
 
 
 def _needed_bytes(prefill: PassCost, decode: PassCost, config: SchedulerConfig) -> float:
@@ -187,17 +228,27 @@ def all_candidates(
   slots: Sequence[int],
   arrivals: Sequence[Arrival],
   host_seconds: float,
+  speculate: Speculation | None = None,
 ) -> list[Candidate]:
   """Return the services of some slices, with predicted prices.
 
+  Args:
+    request: The model.
+    machines: The slices.
+    slots: Numbers of slots to try.
+    arrivals: The requests, whose lengths decide sizes and layouts.
+    host_seconds: The host's own work in a step of the scheduler.
+    speculate: Drafts that steps check; the path of a draft model is the name of a preset.
+
   Raises:
     MeshError: None of the slices divides the model.
-    RequestError: No slice has enough memory.
+    RequestError: No slice has enough memory, or the draft model can't be used.
   """
+  _draft_model(request, speculate)  # refuse it before the search
   refusal, found = None, []
   for machine in machines:
     try:
-      found += planned_candidates(request, machine, slots, arrivals, host_seconds)
+      found += planned_candidates(request, machine, slots, arrivals, host_seconds, speculate)
     except MeshError as e:
       refusal = refusal or e
   if found:

@@ -5,6 +5,7 @@ import math
 
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.options import check_options, option
+from t5x_inference_ext.speculation import parse_acceptance
 
 _SERVICE = 'Service'
 
@@ -63,6 +64,13 @@ class ServiceOptions:
     'used in place of predicted times. Needs one --slice.',
     group=_SERVICE,
   )
+  acceptance: str | None = option(
+    None,
+    help='With --speculate: probability that a draft token is right, given that those before it '
+    'are; with commas, of the first token, the second and so on, and the last for all others. A '
+    'trace does not show it: python -m benchmarks.speculation measures it.',
+    group=_SERVICE,
+  )
   host_us: float = option(
     500.0,
     help="The host's own work in a step of the scheduler, in microseconds, with predicted times.",
@@ -96,6 +104,7 @@ class ServiceOptions:
         raise RequestError(f'{name} must be {bound} and finite, got {value!r}')
     if self.is_enabled:
       assert self.rates is not None  # raises for invalid rates
+      assert self.acceptances is not None
     else:
       given = [
         field.name
@@ -109,6 +118,15 @@ class ServiceOptions:
   def is_enabled(self) -> bool:
     """Whether a service is simulated."""
     return self.trace is not None or self.rate is not None
+
+  @property
+  def acceptances(self) -> tuple[float, ...]:
+    """The probabilities that draft tokens are right; empty: not given.
+
+    Raises:
+      RequestError: A probability is not a number from 0 to 1.
+    """
+    return () if self.acceptance is None else parse_acceptance(self.acceptance)
 
   @property
   def rates(self) -> tuple[float, ...]:

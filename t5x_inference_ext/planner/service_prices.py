@@ -11,7 +11,8 @@ from t5x_inference_ext.planner.work import cache_bytes
 class PlannedPrices:
   """Times of programs by the planner's model. See simulator.prices.Prices.
 
-  A chunk of prompts and a decode step are passes of the cost model. Insertions and block copies
+  A chunk of prompts, a decode step and a step that checks drafts are passes of the cost model. The
+  steps of a draft model are added; drafts by n-grams take no time. Insertions and block copies
   take the time to read and write their keys and values in memory. Starting a group takes no time.
   The host's own time is an argument.
 
@@ -20,12 +21,18 @@ class PlannedPrices:
     decode: Cost of a decode step of all slots, at any context.
     config: Sizes of the scheduler.
     host_seconds: The host's own work in a step of the scheduler.
+    draft: Cost of a decode step of the draft model; None: there is none.
   """
 
   def __init__(
-    self, prefill: PassCost, decode: PassCost, config: SchedulerConfig, host_seconds: float
+    self,
+    prefill: PassCost,
+    decode: PassCost,
+    config: SchedulerConfig,
+    host_seconds: float,
+    draft: PassCost | None = None,
   ) -> None:
-    self._prefill, self._decode, self._config = prefill, decode, config
+    self._prefill, self._decode, self._draft, self._config = prefill, decode, draft, config
     self._host = host_seconds
     case = decode.case
     # Slots on one shard, whose pages a decode step reads.
@@ -40,14 +47,18 @@ class PlannedPrices:
     return cache_bytes(case, 1) / rows
 
   def seconds(self, program: str, **sizes: int) -> float:
-    """Return the seconds that a program takes; `decode_steps` counts one step of it."""
+    """Return the seconds of a program; for a program of steps, of one step."""
     page = self._config.page_size
     if program == 'prefill_chunk':
       return self._pass('prefill', sizes['tokens'], sizes['tokens'] + sizes['read'])
-    if program == 'decode_steps':
+    if program in ('decode_steps', 'speculative_steps'):
       # A shard reads shared pages once for all its rows.
-      positions = (sizes['read'] + sizes['read_shared']) * page / self._rows
-      return self._pass('decode', 1, max(1, round(positions)))
+      positions = max(1, round((sizes['read'] + sizes['read_shared']) * page / self._rows))
+      if program == 'decode_steps':
+        return self._pass('decode', 1, positions)
+      draft = sizes['draft']
+      drafted = draft * self._pass('draft', 1, positions) if self._draft is not None else 0.0
+      return drafted + self._pass('verify', draft + 1, positions + draft)
     if program == 'insert':
       return self._copy_seconds(sizes['positions'])
     if program in ('start_prefill', 'save_blocks'):
@@ -55,8 +66,9 @@ class PlannedPrices:
     return self._host if program == 'host' else 0.0
 
   def _pass_seconds(self, phase: str, length: int, context: int) -> float:
-    like = self._prefill if phase == 'prefill' else self._decode
-    case = dataclasses.replace(like.case, length=length, context=context)
+    like = {'prefill': self._prefill, 'draft': self._draft}.get(phase) or self._decode
+    phase = 'verify' if phase == 'verify' else like.case.phase
+    case = dataclasses.replace(like.case, phase=phase, length=length, context=context)
     return cost(case, like.convention, like.efficiency).seconds
 
   def _copy_seconds(self, positions: int) -> float:

@@ -20,6 +20,9 @@ def requests_text(study: ServiceStudy) -> str:
     source += f' of {options.trace}'
   lengths = f'{request.input_length} tokens in, {request.output_length} out on average'
   text = f'{model}, {source}, {lengths}'
+  drafts = study.runs[0].candidate.config.speculate
+  if drafts is not None:
+    text += f', drafts {drafts} right with probability {options.acceptance}'
   if options.prices is not None:
     return f'{text}, times of {options.prices}'
   return f'{text}, {request.weights} weights, {request.cache} cache, predicted times'
@@ -77,6 +80,14 @@ def study_text(study: ServiceStudy) -> str:
       f'up to {hits:.0%} of the prompts came from the prefix cache, and up to {moved} rows were '
       'preempted'
     )
+  for run in study.runs:
+    if (drafts := run.service.drafts).row_steps and run.candidate.config.speculate is not None:
+      lines += wrap(
+        f'{run.candidate.machine}, {run.candidate.config.slots} slots, {run.rate:.4g} a second: '
+        f'{drafts.tokens_per_step:.2f} tokens a step of a row, {drafts.accepted} of '
+        f'{drafts.drafted} draft tokens accepted',
+        '  ',
+      )
   return '\n'.join([*lines, '', *_choices(study)])
 
 
@@ -173,6 +184,7 @@ def _run_dict(run: Simulated) -> dict[str, Any]:
     'refused': service.refused,
     'preempted': service.preempted,
     'prefix_hit_share': service.hit_share,
+    'drafts': None if candidate.config.speculate is None else dataclasses.asdict(service.drafts),
   }
 
 

@@ -1,6 +1,7 @@
 """Measure the times of a scheduler's programs on this machine's devices."""
 
 from collections.abc import Callable, Iterator
+import dataclasses
 import functools
 import itertools
 import statistics
@@ -8,6 +9,7 @@ import time
 
 import numpy as np
 
+from t5x_inference_ext.engine.draft_width import verify_widths
 from t5x_inference_ext.engine.executor import DeviceExecutor
 from t5x_inference_ext.engine.prefix_store import BlockCopies, block_copies
 from t5x_inference_ext.engine.request import Handle, Request
@@ -52,6 +54,7 @@ def measure_service(
 
 def host_seconds(model: Model, config: SchedulerConfig) -> float:
   """Measure the host's own seconds in a step of a scheduler whose slots are full."""
+  config = dataclasses.replace(config, speculate=None)  # a simulation of drafts is not host work
   length = max(1, config.max_length // 4)
   trace = RandomTrace(_HOST_REQUESTS, length, length)
   executor = ClockExecutor(model, config, NoTime(), clock := VirtualClock(), 2**20)
@@ -72,14 +75,18 @@ class _Timer:
     self._vocab_size = model.config.vocab_size
     self.shared = model.mesh.devices.flat[0].platform == 'cpu'
     self._table = SlotTable(config, self._executor.shards)
+    drafts = config.speculate
+    self._widths = (0,) if drafts is None else (0, *verify_widths(drafts.most))
+    tokens = 1 + self._widths[-1]  # at most, of a row in a step
+    self._calls = max(1, min(_CALLS, (config.max_length - _PROMPT) // tokens))
     for slot in range(config.slots):
       row = Row(Handle(slot, Request((0,))), 0, (), None)
-      self._table.enter(slot, row, min(_PROMPT + _CALLS, config.max_length), [])
+      self._table.enter(slot, row, min(_PROMPT + self._calls * tokens, config.max_length), [])
 
   def _time(
     self, run: Callable[[], StepsOutput | None], prepare: Callable[[], object] | None = None
   ) -> float:
-    """Return the mean time of a call, of _CALLS in a row after `prepare`."""
+    """Return the mean time of a call, of several in a row after `prepare`."""
     found = []
     for _ in range(self._repeats + 1):  # the first run compiles
       if prepare is not None:
@@ -87,13 +94,13 @@ class _Timer:
       self._executor.wait()
       begin = time.perf_counter()
       before = None
-      for _ in range(_CALLS):
+      for _ in range(self._calls):
         output = run()
         if before is not None:
           self._executor.fetch(before)
         before = output
       self._executor.wait()
-      found.append((time.perf_counter() - begin) / _CALLS)
+      found.append((time.perf_counter() - begin) / self._calls)
     return statistics.fmean(found[1:])
 
   def _copies(self, count: int) -> BlockCopies | None:
@@ -118,20 +125,22 @@ class _Timer:
       seconds = self._time(lambda: self._chunk(size, read), self._reset)  # noqa: B023  # runs at once
       yield PricedProgram('prefill_chunk', {'tokens': size, 'read': read}, seconds)
 
-  def _insert(self, slot: int, length: int) -> StepsOutput:
+  def _insert(
+    self, slot: int, length: int, sampling: SamplingParams = SamplingParams()
+  ) -> StepsOutput:
     params = slot_row(
-      SamplingParams(), self._vocab_size, seed=0, limit=2**30, top_width=self._config.top_log_probs
+      sampling, self._vocab_size, seed=0, limit=2**30, top_width=self._config.top_log_probs
     )
     tokens = np.zeros((1, self._config.max_length), np.int32)
     pages = self._table.pages_to_write(slot, [])
     return self._executor.insert(0, slot, pages, params, tokens, length, 0, None)
 
-  def _fill(self) -> None:
+  def _fill(self, sampling: SamplingParams = SamplingParams()) -> None:
     """Put a short row that never ends into each slot."""
     self._reset()
     self._chunk(min(_PROMPT, self._config.chunk_sizes[-1]))
     for slot in range(self._config.slots):
-      self._insert(slot, _PROMPT)
+      self._insert(slot, _PROMPT, sampling)
 
   def insertions(self) -> Iterator[PricedProgram]:
     """Yield the times of inserting a short row and a long row."""
@@ -148,20 +157,31 @@ class _Timer:
       seconds = self._time(lambda: self._insert(0, length), prepare)  # noqa: B023  # runs at once
       yield PricedProgram('insert', {'positions': length}, seconds)
 
-  def _step(self, read: int, shared: int) -> StepsOutput:
-    table = self._table
+  def _step(self, read: int, shared: int, kind: int = 0) -> StepsOutput:
+    """Start a step that checks the number of draft tokens with this index in _widths."""
+    table, prices = self._table, None
+    if len(self._widths) > 1:
+      prices = np.full(len(self._widths), 1e6, np.float32)
+      prices[kind] = 1.0
     pages, alive, adapters = table.pages(), table.alive.copy(), table.adapters.copy()
-    return self._executor.decode_steps(pages, alive, 1, False, read, shared, None, adapters)
+    return self._executor.decode_steps(pages, alive, 1, False, read, shared, prices, adapters)
 
   def _reads(self) -> Iterator[tuple[int, int]]:
     pages = self._config.reads_of_pages(self._executor.shards)
     return itertools.product(pages, self._config.shared_reads)
 
   def steps(self) -> Iterator[PricedProgram]:
-    """Yield the times of decode steps of all slots."""
-    for read, shared in self._reads():
-      seconds = self._time(lambda: self._step(read, shared), self._fill)  # noqa: B023  # runs at once
-      yield PricedProgram('decode_steps', {'read': read, 'read_shared': shared}, seconds)
+    """Yield the times of decode steps of all slots, also of those that check whole drafts."""
+    for (read, shared), (kind, width) in itertools.product(self._reads(), enumerate(self._widths)):
+      # If one token always follows, every row always has an n-gram draft.
+      sampling = SamplingParams(logit_bias=((0, 1e6),)) if width else SamplingParams()
+      fill = functools.partial(self._fill, sampling)
+      seconds = self._time(lambda: self._step(read, shared, kind), fill)  # noqa: B023  # runs at once
+      sizes = {'read': read, 'read_shared': shared}
+      if width:
+        yield PricedProgram('speculative_steps', {'draft': width, **sizes}, seconds)
+      else:
+        yield PricedProgram('decode_steps', sizes, seconds)
 
   def copies(self) -> Iterator[PricedProgram]:
     """Yield the times of starting a group, and of copies to the prefix store."""

@@ -7,7 +7,9 @@ of prices is JSON:
      "mesh": "1x1x1", "layouts": ["ws_2d/batch", "ws_2d/batch"], "shared": false,
      "programs": [{"program": "decode_steps", "read": 17, "read_shared": 0, "seconds": 0.004}, ...]}
 
-`scheduler` has the fields of SchedulerConfig for which the programs were compiled. `shared` says
+`scheduler` has the fields of SchedulerConfig for which the programs were compiled. With drafts
+(`"speculate": "ngram:8"`), a row for speculative_steps has the time of one step that checks `draft`
+tokens of each row, and makes them; decode_steps is then a step that checks none. `shared` says
 whether the devices are the host's own cores, and so idle while the host works.
 """
 
@@ -22,6 +24,7 @@ from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.errors import MeshError, RequestError
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import MeshShape, parse_mesh
+from t5x_inference_ext.speculation import parse_speculation
 from t5x_inference_ext.text_files import parse_json
 
 # Program -> names of its sizes. Two entries are not programs of the devices: `host` is the host's
@@ -29,6 +32,7 @@ from t5x_inference_ext.text_files import parse_json
 PROGRAMS: dict[str, tuple[str, ...]] = {
   'prefill_chunk': ('tokens', 'read'),
   'decode_steps': ('read', 'read_shared'),
+  'speculative_steps': ('draft', 'read', 'read_shared'),
   'insert': ('positions',),
   'start_prefill': ('blocks',),
   'save_blocks': ('blocks',),
@@ -43,7 +47,7 @@ class Prices(Protocol):
   """Interface: the time of each program."""
 
   def seconds(self, program: str, **sizes: int) -> float:
-    """Return the seconds that a program of PROGRAMS takes; `decode_steps` counts one step of it."""
+    """Return the seconds of a program of PROGRAMS; for a program of steps, of one step."""
 
 
 class NoTime:
@@ -91,7 +95,7 @@ class PriceTable:
     self._seconds = functools.cache(self._look_up)
 
   def seconds(self, program: str, **sizes: int) -> float:
-    """Return the seconds of a program; for decode_steps, of one step.
+    """Return the seconds of a program; for a program of steps, of one step.
 
     Raises:
       RequestError: The table has no row for it.
@@ -156,6 +160,8 @@ class PricedService:
     try:
       scheduler = dict(data['scheduler'])
       scheduler['end_ids'] = tuple(scheduler.get('end_ids', ()))
+      if scheduler.get('speculate') is not None:
+        scheduler['speculate'] = parse_speculation(str(scheduler['speculate']))
       prefill, decode = map(Layout.parse, data['layouts'])
       rows = tuple(_row(row) for row in data['programs'])
       shared = data.get('shared', False)
@@ -171,10 +177,12 @@ class PricedService:
 
   def text(self) -> str:
     """Return the text of a file of prices."""
+    drafts = self.config.speculate
+    scheduler = dataclasses.asdict(self.config)
     return (
       json.dumps(
         {
-          'scheduler': dataclasses.asdict(self.config),
+          'scheduler': {**scheduler, 'speculate': None if drafts is None else str(drafts)},
           'mesh': 'x'.join(map(str, self.mesh)),
           'layouts': [str(layout) for layout in self.layouts],
           'shared': self.shared,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.engine.stats import DraftStats
 from t5x_inference_ext.simulator.clock import ServiceClock
 from t5x_inference_ext.simulator.trace import Arrival
 
@@ -58,6 +59,7 @@ class ServedTrace:
     refused: Number of requests that were refused because too many waited.
     preempted: Number of rows that were preempted: they left their slot, and were computed again.
     hit_share: Share of the prompts' tokens that were found in the prefix cache.
+    drafts: Counters of drafts.
   """
 
   first: Quantiles
@@ -68,6 +70,7 @@ class ServedTrace:
   refused: int
   preempted: int
   hit_share: float
+  drafts: DraftStats = DraftStats()
 
   @property
   def tokens_per_second(self) -> float:
@@ -154,4 +157,5 @@ def _service(
     refused,
     stats.preempted,
     stats.prefixes.hit_tokens / max(1, stats.prefixes.query_tokens),
+    stats.drafts,
   )

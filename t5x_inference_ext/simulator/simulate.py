@@ -25,6 +25,7 @@ def simulate(
   bounds: WaitingLimits = DEFAULT_LIMITS,
   block_bytes: int = 2**20,
   shared: bool = False,
+  acceptance: Sequence[float] = (),
 ) -> ServedTrace:
   """Predict the latencies and tokens of a service's clients, without running a program.
 
@@ -36,12 +37,13 @@ def simulate(
     bounds: Limits on waiting requests.
     block_bytes: Bytes of a block of the prefix store on each device.
     shared: Whether the devices are the host's own cores; see VirtualClock.
+    acceptance: Acceptance of drafts; see SimulatedDrafts. Needed if the config has drafts.
 
   Raises:
-    RequestError: A request does not fit, or the prices lack a program.
+    RequestError: A request does not fit, the prices lack a program, or there is no acceptance.
   """
   clock = VirtualClock(shared)
-  executor = ClockExecutor(model, config, prices, clock, block_bytes)
+  executor = ClockExecutor(model, config, prices, clock, block_bytes, acceptance)
   scheduler = Scheduler(model, None, config, executor=executor)
   host = prices.seconds('host')
   return serve_arrivals(scheduler, arrivals, clock, bounds, lambda: clock.spend(host))

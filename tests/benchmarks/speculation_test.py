@@ -1,6 +1,6 @@
 """The bound of the benchmark of drafts."""
 
-from benchmarks.speculation import least_time, right_tokens
+from benchmarks.speculation import least_time, right_shares, right_tokens
 from t5x_inference_ext.engine.ngram_drafts import NgramDrafter
 
 
@@ -9,6 +9,11 @@ def test_right_tokens_follow_the_longest_match():
   prompt, answer = [1, 7, 8, 9, 5, 3], [7, 8, 9, 6, 4]
   # After 7: 8 9 of the draft 8 9 5. After 7 8: 9. After 9: not 5. After 6, no match.
   assert right_tokens(NgramDrafter(3), prompt, answer) == [2, 1, 0, 0]
+
+
+def test_shares_are_of_tokens_after_right_ones():
+  assert right_shares([0, 1, 3, 3], 3) == [3 / 4, 2 / 3, 1]
+  assert right_shares([0, 0], 2) == [0, 0]
 
 
 def test_a_row_that_knows_its_answer_takes_the_cheapest_steps():

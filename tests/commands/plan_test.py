@@ -59,8 +59,28 @@ def test_it_says_where_drafts_pay(capsys, tmp_path, monkeypatch):
   assert priced.call_count == 1
   assert run(*TINY, '--speculate=4', '--phase=prefill') == 2
   assert 'speculate is for decode steps' in capsys.readouterr().err
-  assert run(*TINY, '--speculate=4', '--rate=1') == 2
+  assert run(*TINY, '--speculate=ngram:2', f'--json={path}') == 0
+  assert [step['draft'] for step in json.loads(path.read_text())['drafts']] == [1, 2]
+  assert run(*TINY, '--speculate=4', '--sweep') == 2
   assert 'speculate applies to a single plan' in capsys.readouterr().err
+
+
+def test_a_simulated_service_checks_drafts(capsys, tmp_path):
+  path = tmp_path / 'service.json'
+  service = *TINY, '--batch=8', '--rate=5', '--requests=10', f'--json={path}'
+  assert run(*service, '--speculate=ngram:8', '--acceptance=0.8') == 0
+  out = ' '.join(capsys.readouterr().out.split())
+  assert 'drafts ngram:8 right with probability 0.8' in out and 'tokens a step of a row' in out
+  (found,) = json.loads(path.read_text())['runs']
+  assert 0 < found['drafts']['accepted'] < found['drafts']['drafted']
+  for flags, words in (
+    (['--speculate=ngram:8'], 'how often drafts (ngram:8) are right: give --acceptance'),
+    (['--acceptance=0.8'], 'acceptance is for drafts: give --speculate'),
+    (['--speculate=8', '--acceptance=0.8'], 'speculate must be ngram:N or draft:DIR:N'),
+    (['--speculate=draft:no:2', '--acceptance=1'], 'draft models by the names of presets'),
+  ):
+    assert run(*service, *flags) == 2
+    assert words in ' '.join(capsys.readouterr().err.split())
 
 
 def test_the_report_ranks_breaks_down_and_says_why(capsys):

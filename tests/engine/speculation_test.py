@@ -10,6 +10,7 @@ import pytest
 
 from t5x_inference_ext.engine import drafting, open_drafter
 from t5x_inference_ext.engine.draft_model import CATCH_UP_TOKENS, DraftModel, load_draft_model
+from t5x_inference_ext.engine.draft_width import best_width, verify_widths
 from t5x_inference_ext.engine.drafting import Outlook
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.executor import DeviceExecutor
@@ -20,8 +21,7 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.serve import serve
-from t5x_inference_ext.engine.speculative_steps import _best_width, verify_widths
-from t5x_inference_ext.engine.step_prices import AGREE_EVERY, StepPrices
+from t5x_inference_ext.engine.step_prices import AGREE_EVERY, PLAIN_EVERY, TOO_MUCH, StepPrices
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.speculation import Speculation, parse_speculation
 from t5x_inference_ext.text.grammar import Grammar
@@ -82,7 +82,7 @@ def scheduler(
 def fixed(prices):
   """Prices that stay."""
   assert len(prices) == 1 + len(verify_widths(MOST))
-  return mock.Mock(next=lambda: np.asarray(prices, np.float32))
+  return mock.Mock(tries_plain=False, next=lambda: np.asarray(prices, np.float32))
 
 
 def requests(samplings=SAMPLINGS, **options):
@@ -341,7 +341,7 @@ def test_the_width_suits_rows_that_wait_or_the_last_row():
     ((0, 0), (20, 20), True, 0),
   ]:
     outlook = Outlook(ints(*counts), ints(0, 0), ints(0, 0), ints(0, 0))
-    index = _best_width((0, 2, 4), prices, state, outlook, ints(*left), live, jnp.asarray(waited))
+    index = best_width((0, 2, 4), prices, state, outlook, ints(*left), live, jnp.asarray(waited))
     assert index == wanted, (counts, left, waited)
 
 
@@ -357,7 +357,19 @@ def test_prices_follow_measured_times():
   for _ in range(600):
     prices.add(0.05, np.asarray([1, 0, 0]))
   np.testing.assert_allclose(prices.prices, [1, 1.06, 1.16], rtol=0.1)
-  np.testing.assert_array_equal(prices.next(), prices.prices)
+
+
+def test_plain_steps_are_measured_first_and_now_and_then():
+  """Else the first steps that check drafts would be the only ones, however long they take."""
+  prices = StepPrices((0, 3, 8))
+  forbidden = [1, TOO_MUCH, TOO_MUCH]
+  assert prices.next().tolist() == forbidden
+  prices.add(0.3, np.asarray([0, 1, 0]))
+  assert prices.next().tolist() == forbidden
+  prices.add(0.1, np.asarray([1, 0, 0]))
+  found = [prices.next().tolist() == forbidden for _ in range(2 * PLAIN_EVERY)]
+  assert found.count(True) == 2
+  assert prices.prices[1] > 2
 
 
 def test_several_processes_take_the_prices_of_the_first():

@@ -21,6 +21,7 @@ from t5x_inference_ext.planner.service_prices import PlannedPrices
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.simulator.prices import PricedProgram, PricedService
 from t5x_inference_ext.simulator.trace import RandomTrace
+from t5x_inference_ext.speculation import Speculation
 
 PALM = preset('palm_8b')
 REQUEST = PlanRequest(PALM, 1, 256, 16)
@@ -60,6 +61,18 @@ class TestPlannedPrices:
     assert found == pytest.approx(2 * 1000 * per_position / (0.903 * 1.2e12))
     assert self.prices().seconds('start_prefill', blocks=2) == pytest.approx(found * 64 / 1000)
 
+  def test_a_step_that_checks_drafts_is_a_pass_over_them_after_a_draft_models_steps(self):
+    decode = case('decode', 32, 1, 1040)
+    sizes = dict(draft=4, read=65, read_shared=0)
+    checked = dataclasses.replace(decode, phase='verify', length=5, context=1044)
+    assert self.prices().seconds('speculative_steps', **sizes) == cost(checked).seconds
+    draft = dataclasses.replace(decode, config=dataclasses.replace(PALM, num_layers=2))
+    prices = PlannedPrices(
+      cost(case('prefill', 1, 16, 16)), cost(decode), self.CONFIG, 2e-4, cost(draft)
+    )
+    both = cost(checked).seconds + 4 * cost(draft).seconds
+    assert prices.seconds('speculative_steps', **sizes) == pytest.approx(both)
+
   def test_the_host_takes_what_was_given(self):
     assert self.prices().seconds('host') == 2e-4
     assert self.prices().seconds('start') == self.prices().seconds('start_prefill', blocks=0) == 0
@@ -84,6 +97,18 @@ class TestCandidates:
     with pytest.raises(RequestError, match='no service fits: 65536 slots of 271 positions need'):
       all_candidates(REQUEST, [machine], (2**16,), TRACE, 0)
 
+  def test_a_draft_model_takes_memory_and_needs_the_vocabulary(self):
+    machines, itself = [Machine.parse('v4:2x2x2')], Speculation('draft', 4, 'palm_8b')
+    plain, drafted = (
+      all_candidates(REQUEST, machines, (8,), TRACE, 0, speculate)[0]
+      for speculate in (None, itself)
+    )
+    assert drafted.config.speculate == itself
+    assert 1.3 < drafted.memory / plain.memory < 2
+    other = REQUEST.replace(config=dataclasses.replace(PALM, vocab_size=512))
+    with pytest.raises(RequestError, match='palm_8b has a vocabulary of 256128 tokens and the mod'):
+      all_candidates(other, machines, (8,), TRACE, 0, itself)
+
   def test_a_slice_that_does_not_divide_the_model_is_left_out(self):
     tiny = dataclasses.replace(PALM, d_model=6, d_ff=12)
     machines = [Machine.parse(name) for name in ('v4:2x2x2', 'v4:1x1x1')]
@@ -94,9 +119,10 @@ class TestCandidates:
 
 
 class TestStudies:
-  def study(self, slices=('v4:1x1x1', 'v4:2x2x1'), slots=8, **options):
+  def study(self, slices=('v4:1x1x1', 'v4:2x2x1'), slots=8, speculate=None, **options):
     machines = [Machine.parse(name) for name in slices]
-    return study_service(REQUEST, machines, slots, ServiceOptions(requests=40, **options))
+    options = ServiceOptions(requests=40, **options)
+    return study_service(REQUEST, machines, slots, options, speculate=speculate)
 
   def test_the_cheapest_that_meets_the_targets_is_chosen(self):
     loose = self.study(rate='2,30')
@@ -121,6 +147,18 @@ class TestStudies:
     assert slow.chip_seconds_per_token > 5 * fast.chip_seconds_per_token
     assert slow.chip_hours_per_million == pytest.approx(slow.chip_seconds_per_token / 0.0036)
 
+  def test_drafts_pay_where_they_are_right(self):
+    drafts = dict(slices=('v4:2x2x1',), rate='2', speculate=Speculation('ngram', 8))
+    (plain,), *runs = (
+      self.study(**{**drafts, **more}).runs
+      for more in ({'speculate': None}, {'acceptance': '0.9'}, {'acceptance': '0'})
+    )
+    (right,), (wrong,) = runs
+    assert right.service.between.p50 < 0.6 * plain.service.between.p50
+    assert wrong.service.between.p50 < 1.05 * plain.service.between.p50
+    with pytest.raises(RequestError, match='give --acceptance'):
+      self.study(**drafts)
+
   def test_measured_prices_take_the_place_of_predicted_ones(self, tmp_path):
     path = prices_file(tmp_path, step=0.25)
     (run,) = self.study(slices=('v4:2x2x1',), slots=None, rate='0.1', prices=path).runs
@@ -130,6 +168,7 @@ class TestStudies:
       ({'slots': 8}, 'prices is for one slice and its slots'),
       ({'slots': None, 'slices': ('v4:1x1x1', 'v4:2x2x1')}, 'prices is for one slice'),
       ({'slots': None, 'slices': ('v4:1x1x1',)}, 'is for 4 chips and v4:1x1x1 has 1'),
+      ({'speculate': Speculation('ngram', 2)}, 'a file of prices says which drafts'),
     ):
       with pytest.raises(RequestError, match=words):
         self.study(rate='1', prices=path, **arguments)

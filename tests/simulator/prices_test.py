@@ -4,11 +4,14 @@ import json
 
 import pytest
 
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.simulator import measure
 from t5x_inference_ext.simulator.measure import measure_service
 from t5x_inference_ext.simulator.prices import PROGRAMS, PricedProgram, PricedService, PriceTable
+from t5x_inference_ext.speculation import Speculation
 from tests import memory, reference
 
 
@@ -89,10 +92,33 @@ def test_every_program_of_a_service_is_measured():
     2, 64, page_size=32, prefix_bytes=2**14, prefill_chunk=16, shared_pages=2, end_ids=()
   )
   found = measure_service(engine.model, engine.weights, config, repeats=1)
-  assert {row.program for row in found.programs} == set(PROGRAMS)
+  assert {row.program for row in found.programs} == set(PROGRAMS) - {'speculative_steps'}
   # On a CPU the programs' own times include their starts.
   assert found.shared and {row.program for row in found.programs if not row.seconds} == {'start'}
   sizes = [tuple(r.sizes.values()) for r in found.programs if r.program == 'decode_steps']
   assert sizes == [(read, shared) for read in config.reads_of_pages(1) for shared in (0, 2)]
   chunks = [tuple(r.sizes.values()) for r in found.programs if r.program == 'prefill_chunk']
   assert chunks == [(16, read) for read in config.prefill_reads]
+
+
+@pytest.mark.usefixtures('quick_programs')
+def test_steps_that_check_drafts_are_measured_and_kept_in_a_file(tmp_path):
+  engine = memory.engine(memory.ODD, reference.random_tensors(memory.ODD), '1x1x1', stacked=True)
+  sizes = dict(page_size=32, page_reads=1, prefill_chunk=16, end_ids=())
+  config = SchedulerConfig(2, 96, speculate=Speculation('ngram', 4), **sizes)
+  timer = measure._Timer(engine.model, engine.weights, config, repeats=1)
+  rows = list(timer.steps())
+  assert [(row.program, row.sizes.get('draft')) for row in rows] == [
+    ('decode_steps', None),
+    ('speculative_steps', 2),
+    ('speculative_steps', 4),
+  ]
+  path = tmp_path / 'prices.json'
+  layouts = engine.model.prefill_layout, engine.model.decode_layout
+  written = PricedService(config, (1, 1, 1), layouts, tuple(rows))
+  path.write_text(written.text())
+  assert PricedService.read(str(path)) == written
+  # Every pass checked the drafts that it should, and every draft was right.
+  timer._fill(SamplingParams(logit_bias={0: 1e6}))
+  work = timer._executor.fetch(timer._step(*next(timer._reads()), 2)).work
+  assert work.passes.tolist() == [0, 0, 1] and work.drafted == work.accepted == 8

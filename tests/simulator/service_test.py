@@ -138,6 +138,22 @@ def test_rows_are_preempted_where_pages_run_out():
   assert found.preempted > 0 and found.tokens == 4 * 80
 
 
+@pytest.mark.parametrize('length, pages, most', [(64, None, 4), (96, 5, 3)])
+def test_rows_fill_all_slots_if_no_page_can_be_lacking(monkeypatch, length, pages, most):
+  """With fewer pages than rows could need, some are kept in reserve for those that decode."""
+  alive, steps = [], ClockExecutor.decode_steps
+
+  def decode_steps(self, pages, mask, *rest):
+    alive.append(int(mask.sum()))
+    return steps(self, pages, mask, *rest)
+
+  monkeypatch.setattr(ClockExecutor, 'decode_steps', decode_steps)
+  rows = arrivals(*[(0.0, 40, 20)] * 8)
+  sizes = config(slots=4, max_length=length, page_size=64, pages=pages)
+  simulate(MODEL, sizes, prices(), rows)
+  assert max(alive) == most
+
+
 def test_a_request_that_does_not_fit_is_refused_with_its_sizes():
   with pytest.raises(RequestError, match='200 tokens, BOS included, and 4 new ones do not fit'):
     simulate(MODEL, config(), prices(), arrivals((0, 200, 4)))
@@ -209,7 +225,7 @@ class Watched:
 
   def __getattr__(self, name):
     found = getattr(self._executor, name)
-    if not callable(found) or name in ('fetch', 'wait', 'settle'):
+    if not callable(found) or name in ('fetch', 'wait', 'settle', 'now'):
       return found
 
     def call(*arguments):
