@@ -29,6 +29,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / 'examples' / 'palm_tiny' / 'checkpoint_1000'
 ROWS, NEW_TOKENS = 32, 32
+PRINTED_BYTES, ROW_BYTES = 3000, 300
 PLAIN, TWO, FULL_DISK = 'one run', 'two runs of one output', 'a full disk'
 ERRORS = 'another run is writing this output', "finished rows can't be kept", "can't write"
 
@@ -96,7 +97,6 @@ class Runs:
       assert process.exitcode == 0, self._said.read_text()
       self.expected = self._finished_rows()
       self._output.unlink()
-    self._bytes = len(json.dumps(self.expected))
 
   def _start(self, most_bytes: int | None) -> multiprocessing.process.BaseProcess:
     arguments = self._flags, str(self._said), most_bytes
@@ -132,7 +132,10 @@ class Runs:
     self.counts[kind] += 1
     before = self._kept()
     self._said.unlink(missing_ok=True)
-    most = int(self._rng.integers(1000, self._bytes)) if kind == FULL_DISK else None
+    most = None
+    if kind == FULL_DISK:  # there is room for what the command prints, and for a few rows
+      size = self._journal.stat().st_size if self._journal.exists() else 0
+      most = max(size, PRINTED_BYTES) + int(self._rng.integers(ROWS * ROW_BYTES // 4))
     processes = []
     for _ in range(2 if kind == TWO else 1):
       processes.append(self._start(most))
