@@ -48,7 +48,7 @@ def turns_case(turns: int) -> None:
   """Serve requests of random lengths, and cancel some of them, for `turns` steps."""
   scheduler, rng = make_scheduler(idle=True), np.random.default_rng(0)
   lengths, limits = rng.integers(1, 100, 4096).tolist(), rng.integers(1, 300, 4096).tolist()
-  start, first, submitted = time.perf_counter(), None, 0
+  start, taken, first, submitted = time.perf_counter(), time.process_time(), None, 0
   for turn in range(1, turns + 1):
     while scheduler.wanted:
       i = submitted % 4096
@@ -61,18 +61,19 @@ def turns_case(turns: int) -> None:
       now = time.perf_counter()
       first = first or resident()
       print(
-        f'{turn} turns: {(now - start) / (turns // 10) * 1e6:.0f} us a turn, {submitted} requests, '
+        f'{turn} turns: {(now - start) / (turns // 10) * 1e6:.0f} us a turn, of which the process '
+        f'took {(time.process_time() - taken) / (turns // 10) * 1e6:.0f}; {submitted} requests, '
         f'{resident() / 2**20:.1f} MiB ({resident() / first:.3f} times the first)',
         flush=True,
       )
-      start = now
+      start, taken = now, time.process_time()
 
 
 def requests_case(count: int) -> None:
   """Serve `count` requests, and cancel a fifth of them at random moments."""
   scheduler, rng = make_scheduler(), np.random.default_rng(0)
   scheduler.warm_up()
-  begin, submitted, handles, first = time.perf_counter(), 0, [], 0
+  begin, submitted, handles, first, cancelled = time.perf_counter(), 0, [], 0, 0
   while submitted < count or not scheduler.idle:
     while submitted < count and scheduler.wanted:
       tokens = tuple(rng.integers(0, 101, int(rng.integers(1, 60))).tolist())
@@ -87,12 +88,13 @@ def requests_case(count: int) -> None:
         )
     if rng.random() < 0.35:
       scheduler.cancel(handles[int(rng.integers(max(0, len(handles) - 40), len(handles)))])
-    scheduler.step()
+    cancelled += sum(event.finish == 'cancelled' for event in scheduler.step())
     del handles[:-100]
   reasons = scheduler.check_books() or ['the books are in order']
+  used = sum(row is not None for row in scheduler.rows)
   print(
-    f'{count} requests in {time.perf_counter() - begin:.0f} s on {jax.devices()[0].device_kind}; '
-    f'{sum(row is not None for row in scheduler.rows)} slots in use; {"; ".join(reasons)}'
+    f'{count} requests, {cancelled} of them cancelled, in {time.perf_counter() - begin:.0f} s on '
+    f'{jax.devices()[0].device_kind}; {used} slots in use; {"; ".join(reasons)}'
   )
 
 

@@ -36,6 +36,8 @@ def slot_program(
   context: int,
   length: int,
   sampling: SamplingParams,
+  *,
+  read: int | None = None,
 ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
   """Return a phase's jitted function, which updates its state in place, and its arguments' shapes.
 
@@ -56,6 +58,7 @@ def slot_program(
     length: int. T: tokens of a chunk, of a draft plus the last token, or of the inserted prompt.
     sampling: SamplingParams. How tokens are chosen. Features that it does not use are left out of
       the program; a scheduler's programs contain all features, and skip unused ones at run time.
+    read: int or None. Pages of each shard that a step of 'slots' reads; None: all.
   """
   if phase == 'extend':
     state = _abstract_prompts(model, weights, batch, context)
@@ -78,8 +81,8 @@ def slot_program(
   table = SlotTable(config, page_shards(model, batch))
   if phase == 'slots':
     rest = table.pages(), table.alive, np.int32(0), np.bool_(False)
-    read = dict(read=table.pool.pages, read_shared=0)
-    run = _jitted(slot_steps.decode_steps, model, most=config.decode_steps, **read)
+    sizes = dict(read=read or table.pool.pages, read_shared=0)
+    run = _jitted(slot_steps.decode_steps, model, most=config.decode_steps, **sizes)
     return run, (weights, slots, *_replicated(model.mesh, rest))
   state = _abstract_prompts(model, weights, model.prefilling.padded_batch(1), length)
   # The prompt's tokens are an argument only because penalties read them.

@@ -1,7 +1,11 @@
-"""Adapters of requests: every row has the tokens it has alone, whatever shares the batch."""
+"""Adapters of requests: every row has the tokens it has alone, whatever shares the batch.
+
+ADAPTER_MIXES=50 runs so many mixes of 32 rows of each kind, in place of one or two.
+"""
 
 import dataclasses
 import functools
+import os
 
 import numpy as np
 import pytest
@@ -24,6 +28,7 @@ CONFIG = memory.ODD
 TENSORS = reference.random_tensors(CONFIG, seed=1)
 BLOCK = 32 * CONFIG.num_layers * 2 * CONFIG.d_head * 4 + 1  # bytes of a block in float32
 MOST, LONGEST, LENGTH = 20, 70, 160
+MIXES = int(os.environ.get('ADAPTER_MIXES', 0))  # of each kind; 0: a few
 SAMPLINGS = (
   SamplingParams(),
   SamplingParams(0.8, top_k=40),
@@ -144,7 +149,7 @@ def test_each_row_of_a_mix_is_that_row_alone(kind):
   mesh, prefill, decode, config = KINDS[kind]
   scheduler = new_scheduler(engine(mesh, prefill, decode), **config)
   used = set()
-  for seed in range(2 if kind == 'slots' else 1):
+  for seed in range(MIXES or (2 if kind == 'slots' else 1)):
     rng = np.random.default_rng([seed, len(kind)])
     requests = mix(rng, 2 * MOST if kind == 'preempted' else MOST)
     used |= {request.adapter for request in requests}
