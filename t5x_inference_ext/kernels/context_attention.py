@@ -106,6 +106,7 @@ def attend_to_context(
   tile = _query_tile(rows, queries, d)
   tiles = pl.cdiv(queries, tile)
   q = jnp.pad(q, ((0, 0), (0, 0), (0, tiles * tile - queries), (0, 0)))
+  read = len(blocks.rows) * blocks.size  # positions, of which a pool of pages has more
   blocks = _in_halves(blocks)
   steps = len(blocks.rows) // _HALVES
   owner_lengths = jnp.take(lengths, blocks.rows, mode='clip')
@@ -143,13 +144,28 @@ def attend_to_context(
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary', 'arbitrary', 'arbitrary')
     ),
-    # The number of steps by which precompile.kernel_cost multiplies the schedule of one step.
-    metadata={'steps': str(_HALVES * heads * tiles * steps), 'parallel': str(_HALVES)},
+    # For precompile.kernel_cost: the number of steps by which it multiplies the schedule of one
+    # step, and the bytes of operands that no block holds.
+    metadata={
+      'steps': str(_HALVES * heads * tiles * steps),
+      'parallel': str(_HALVES),
+      'unread': str(_unread_bytes((keys, values), read)),
+    },
     interpret=interpret,
   )(blocks.rows, filled, _places_read(blocks.places, filled, steps), q, *operands)
   return _joined(
     PartialSoftmax(out[..., :queries, :], largest[..., :queries, 0], total[..., :queries, 0])
   )
+
+
+def _unread_bytes(kv: tuple[KV, KV], read: int) -> int:
+  """Return the bytes of keys and values beyond the first `read` positions of all rows or pages."""
+
+  def unread(x: jax.Array) -> int:
+    rows, heads, positions, width = x.shape
+    return max(0, rows * positions - read) * heads * width * x.dtype.itemsize
+
+  return sum(map(unread, jax.tree.leaves(kv)))
 
 
 def _query_tile(rows: int, queries: int, d: int) -> int:

@@ -29,7 +29,7 @@ class PagedContext(NamedTuple):
   """Keys and values of one layer that were cached in pages before the new tokens.
 
   Attributes:
-    keys: [n, k, s, q].
+    keys: [n, k, s, q], or more pages, of which only the first n are read.
     values: Like keys.
     lengths: [b] int32. Filled positions of each row.
     owners: [n] int32. The row that each page belongs to.
@@ -82,9 +82,10 @@ def attend_pages(
     segments.append(shared_segment(grouped, context, rules))
   positions = starts[:, None] + jnp.arange(context.keys.shape[2])[None, :]  # [n, s]
   visible = positions < _of_owners(context.lengths, owners)[:, None]
+  keys, values = jax.tree.map(lambda x: x[: len(owners)], (context.keys, context.values))
   logits = masked_logits(
     _of_owners(grouped, owners),
-    context.keys,
+    keys,
     visible[:, None, None, :],
     rules,
     None if queries is None else _of_owners(queries, owners),
@@ -103,7 +104,7 @@ def attend_pages(
   total = jnp.sum(jnp.where(mine, jnp.sum(weights, axis=-1)[None], 0), axis=1)
   out = lax.dot_general(
     mine[:, :, 0, 0].astype(jnp.float32),
-    mix(weights, context.values, q.dtype),
+    mix(weights, values, q.dtype),
     (((1,), (0,)), ((), ())),
     precision=lax.Precision.HIGHEST,
   )

@@ -120,7 +120,10 @@ class PagedCache:
       index, parts = layer, [self.keys, self.values]
       if self._shared_read is not None:
         parts += [self._shared_read.keys, self._shared_read.values]
-    keys, values = (_first(kv, 0, self.read, index) for kv in parts[:2])
+    keys, values = parts[:2]
+    # Unrolled layers are not sliced here: before a kernel, XLA would copy the slice.
+    if index is not None:
+      keys, values = (_first(kv, 0, self.read, index) for kv in (keys, values))
     owners, starts = self.owners[: self.read], self.starts[: self.read]
     context = PagedContext(keys, values, self.lengths, owners, starts)
     if self._shared_read is None:

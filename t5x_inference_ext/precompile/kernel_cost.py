@@ -22,8 +22,8 @@ class KernelCost:
     name: str. Name of the kernel.
     schedule_seconds: float or None. Time of the compiler's schedule of bundles, without waiting for
       memory; None if the compiler did not show one.
-    memory_seconds: float. Time to read and write its operands and results once, at READ_RATE of the
-      memory's full rate.
+    memory_seconds: float. Time to read and write its operands, as far as it reads them, and results
+      once, at READ_RATE of the memory's full rate.
   """
 
   name: str
@@ -41,9 +41,9 @@ def kernel_cost(
   """Return the cost of a kernel of this package, or None for any other instruction.
 
   Args:
-    instruction: Instruction. Its metadata says how many steps the kernel's grid has, and into how
-      many parts it can be split between cores.
-    moved: int. Bytes that it reads and writes.
+    instruction: Instruction. Its metadata says how many steps the kernel's grid has, into how many
+      parts it can be split between cores, and how many bytes of its operands it does not read.
+    moved: int. Bytes of its operands and results.
     chip: hardware.Chip. The rates of a chip.
     schedules: Mapping of kernel name to KernelSchedule.
   """
@@ -56,4 +56,5 @@ def kernel_cost(
   seconds = None
   if schedule and chip.clock_hz:
     seconds = schedule.cycles(-(-grid['steps'] // cores)) / chip.clock_hz
+  moved -= grid.get('unread', 0)
   return KernelCost(name, seconds, moved / (READ_RATE * chip.hbm_bandwidth))

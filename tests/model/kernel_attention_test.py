@@ -49,11 +49,12 @@ def test_a_layer_over_each_rows_positions(new, heads, dtype):
 
 @pytest.mark.parametrize('rows, heads', [(1, 1), (4, 2)])
 def test_a_layer_over_pages_and_shared_pages(rows, heads):
-  """A row sees the first shared pages."""
-  rng, size, pages, shared = np.random.default_rng(rows), 8, 3 * rows, 3
+  """A row sees the first shared pages. The last two pages have no owner, and are not read."""
+  rng, size, pages, shared = np.random.default_rng(rows), 8, 3 * rows + 2, 3
   q = _random(rng, rows, 2, 4, 8)
   k, v = (_random(rng, rows, heads, 2, 8) for _ in range(2))
   keys, values = (_random(rng, pages, heads, size, 8) for _ in range(2))
+  keys = keys.at[-2:].set(jnp.nan)
   sees = rng.integers(0, shared + 1, rows)
   owners = np.repeat(np.arange(rows), 3)
   starts = np.tile(np.arange(3), rows) * size + sees[owners] * size
