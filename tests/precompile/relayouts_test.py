@@ -30,11 +30,9 @@ def _layers(model: str, count: int = 3, **fields):
   return dataclasses.replace(preset(model), num_layers=count, **fields)
 
 
-def _relaid(
-  weights: str, phase: str, layout: str, cache: str | None = None, model: str = 'palm_8b'
-) -> list[str]:
+def _relaid(weights: str, phase: str, layout: str, cache: str | None = None) -> list[str]:
   answer = analyze(
-    _layers(model),
+    _layers('palm_8b'),
     weights,
     'v4:2x2x2',
     phase,
@@ -67,11 +65,6 @@ def test_no_prefill_lays_a_weight_out_anew(layout):
 @pytest.mark.parametrize('layout', ['ws_2d/heads', 'ws_2d/batch', 'wg_xyz/batch'])
 def test_no_program_of_slot_refill_does(phase, layout):
   assert not _relaid('int8', phase, layout)
-
-
-@pytest.mark.parametrize('layout, cache', [('ws_2d/batch', None), ('ws_1d/heads', 'int8')])
-def test_no_step_of_slots_of_a_model_with_several_key_heads_does(layout, cache):
-  assert not _relaid('int8', 'slots', layout, cache, model='llama3_8b')
 
 
 @pytest.mark.parametrize('collectives', ['one_way', 'two_way'])
