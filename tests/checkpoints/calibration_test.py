@@ -130,12 +130,12 @@ def difference(path, source, tokens):
   return np.square(after - before).mean()
 
 
-@pytest.mark.parametrize('bits, part', [(None, 0.7), ('mlp_output:8', 0.9)])
-def test_a_calibrated_checkpoint(source, tokens, tmp_path, bits, part):
+@pytest.mark.parametrize('bits', [None, 'mlp_output:8'])
+def test_a_calibrated_checkpoint(source, tokens, tmp_path, bits):
   calibrated, rounded = tmp_path / 'calibrated', tmp_path / 'rounded'
   report = convert.convert(source, calibrated, 'int4', bits=bits, calibration=str(tokens))
   convert.convert(source, rounded, 'int4', bits=bits)
-  assert difference(calibrated, source, tokens) < part * difference(rounded, source, tokens)
+  assert difference(calibrated, source, tokens) < 0.9 * difference(rounded, source, tokens)
   found = open_checkpoint(calibrated)
   assert found.weights == open_checkpoint(rounded).weights
   assert report.errors['query'].relative > 0.05 and report.errors['mlp_output'].norm > 0
