@@ -1,6 +1,7 @@
 """The compiled functions of a calibration: embed tokens, run one layer, round one matrix."""
 
 from collections.abc import Callable
+import contextlib
 import functools
 from typing import Any
 
@@ -32,6 +33,11 @@ def _on_one_device(model: Model, function: Callable[..., Any]) -> Callable[..., 
   return jax.shard_map(function, mesh=model.mesh, in_specs=P(), out_specs=P(), check_vma=False)
 
 
+def _exact_products() -> contextlib.AbstractContextManager[Any]:
+  """Context manager: float32 products are float32 on every device. TPUs round to bfloat16."""
+  return jax.default_matmul_precision('highest')
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def embed_tokens(
   model: Model, weights: Weights, tokens: Int[Array, 'B T']
@@ -40,7 +46,8 @@ def embed_tokens(
   sharding = model.prefill_sharding(*tokens.shape)
 
   def on_device(weights: Weights, tokens: jax.Array) -> jax.Array:
-    return embed(weights, tokens, None, model, sharding)
+    with _exact_products():
+      return embed(weights, tokens, None, model, sharding)
 
   return _on_one_device(model, on_device)(weights, tokens)
 
@@ -86,7 +93,8 @@ def run_layer(
       rules=pass_rules(config, sharding, bias, places),
       counted=counted,
     )
-    (x,), _ = layer((x,), (local_vectors(weights, config, sharding), None, local))
+    with _exact_products():
+      (x,), _ = layer((x,), (local_vectors(weights, config, sharding), None, local))
     found = {name: layer.hessians[name] for name in recorded}
     return None if found else x, found
 
