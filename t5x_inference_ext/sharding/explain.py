@@ -201,7 +201,7 @@ def _phase(s: ExplainSetting, name: str, layout: Layout, length: int) -> Explain
   if s.cache == 'int8':
     kv_tensors[f'{kv} scales'] = (1, 'float32')
   for kv_name, (width, dtype) in kv_tensors.items():
-    shape = (rows, positions, len(sharding.heads.cached()), width)
+    shape = (rows, len(sharding.heads.cached()), positions, width)
     tensors.append(_tensor(s, split, kv_name, axes['cache'], shape, dtype, True, arrays=2))
   if name == 'decode':
     tensors.append(_tensor(s, split, 'cache lengths', axes['cache'][:1], (rows,), 'int32'))

@@ -118,7 +118,7 @@ def test_devices_that_split_heads_have_them_all(layout, mesh, batch, length, hea
     assert p.cache == P(p.attention_rows, None, None, None)
   else:
     assert len(p.heads.cached()) == p.heads.kv_heads * shards
-    assert p.cache == P(p.attention_rows, None, p.attention_heads, None)
+    assert p.cache == P(p.attention_rows, p.attention_heads, None, None)
 
 
 @many

@@ -321,7 +321,7 @@ def test_keys_and_values_of_prefill_are_told():
   text = explain_text.explain(
     setting(MODELS['multiquery'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads)
   )
-  assert 'keys and values are resharded: B S K Q to B_xzy S K Q' in text
+  assert 'keys and values are resharded: B K S Q to B_xzy K S Q' in text
   e = explain_setting(
     setting(MODELS['multiquery'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads)
   )
@@ -333,7 +333,7 @@ def test_keys_and_values_of_prefill_are_told():
   text = explain_text.explain(
     setting(MODELS['multihead'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads)
   )
-  assert 'keys and values are resharded: B S K_zy Q to B_xzy S K Q' in text
+  assert 'keys and values are resharded: B K_zy S Q to B_xzy K S Q' in text
 
 
 def test_devices_and_links_are_told():
