@@ -40,7 +40,7 @@ _COMPILED: list[int] = []  # number of programs that the server compiles before 
 
 
 @pytest.fixture(scope='module')
-def engine(palm_tiny):
+def engine(palm_tiny, quick_programs):  # `nothing_left` would make it before the mark is seen
   return Engine.load(palm_tiny, mesh='1x1x1', dtype='float32', scan_layers=True)
 
 
