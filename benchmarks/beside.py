@@ -1,6 +1,6 @@
 """The speed of generation of this checkout beside another one's, in alternating calls.
 
-    python -m benchmarks.beside ../other_checkout [--batch=1,8,32] [--repeats=40]
+    python -m benchmarks.beside ../other_checkout [--batch=1,8,32] [--repeats=40] [--slots]
 
 Run from the root of a checkout. Each checkout has a process of its own, which loads the same T5X
 checkpoint and compiles. The calls then alternate, so that changes of the machine's speed affect
@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / 'examples' / 'palm_tiny' / 'checkpoint_1000'
 
 
-def work(checkpoint: str, batches: list[int], prompt: int, generate: int) -> None:
+def work(checkpoint: str, batches: list[int], prompt: int, generate: int, in_slots: bool) -> None:
   """Load and compile, then time a call for each batch size that is read from standard input."""
   import numpy as np
 
@@ -33,12 +33,21 @@ def work(checkpoint: str, batches: list[int], prompt: int, generate: int) -> Non
   engine = Engine.load(checkpoint, mesh='1x1x1', dtype='float32')
   rng = np.random.default_rng(0)
   prompts = {rows: rng.integers(3, 259, (rows, prompt)).tolist() for rows in batches}
+
+  def call(rows: int) -> None:
+    options = dict(max_new_tokens=generate, eos_id=-1)
+    if in_slots:
+      for _ in engine.stream(prompts[rows], **options):
+        pass
+    else:
+      engine.generate(prompts[rows], **options)
+
   for rows in batches:
-    engine.generate(prompts[rows], max_new_tokens=generate, eos_id=-1)
+    call(rows)
   print('ready', flush=True)
   for line in sys.stdin:
     wall, processor = time.perf_counter(), time.process_time()
-    engine.generate(prompts[int(line)], max_new_tokens=generate, eos_id=-1)
+    call(int(line))
     print(time.perf_counter() - wall, time.process_time() - processor, flush=True)
 
 
@@ -85,19 +94,21 @@ def main():
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('other', type=pathlib.Path, help='the root of the other checkout')
-  parser.add_argument('--checkpoint', default=CHECKPOINT, help='a legacy T5X checkpoint')
+  parser.add_argument('--checkpoint', default=CHECKPOINT, help='a checkpoint, or a public model')
   parser.add_argument('--batch', default='1,8,32', help='batch sizes, comma separated')
   parser.add_argument('--prompt', type=int, default=128, help='tokens of each prompt')
   parser.add_argument('--generate', type=int, default=64, help='new tokens of each row')
   parser.add_argument('--repeats', type=int, default=40, help='pairs of calls')
+  parser.add_argument('--slots', action='store_true', help='stream from slots, not a static batch')
   parser.add_argument('--work', action='store_true', help=argparse.SUPPRESS)
   args = parser.parse_args()
   batches = [int(rows) for rows in args.batch.split(',')]
   if args.work:
-    work(str(args.checkpoint), batches, args.prompt, args.generate)
+    work(str(args.checkpoint), batches, args.prompt, args.generate, args.slots)
     return
   arguments = ['.', f'--checkpoint={os.path.abspath(args.checkpoint)}', f'--batch={args.batch}']
   arguments += [f'--prompt={args.prompt}', f'--generate={args.generate}']
+  arguments += ['--slots'] if args.slots else []
   workers = [Worker(checkout.resolve(), arguments) for checkout in (ROOT, args.other)]
   for worker in workers:
     worker.read()
