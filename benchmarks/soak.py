@@ -15,7 +15,7 @@ import warnings
 import jax
 import numpy as np
 
-from t5x_inference_ext.engine.request import Request
+from t5x_inference_ext.engine.request import Handle, Request
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.simulator.clock import VirtualClock
@@ -70,14 +70,22 @@ def turns_case(turns: int) -> None:
 
 
 def requests_case(count: int) -> None:
-  """Serve `count` requests, and cancel a fifth of them at random moments."""
+  """Serve `count` requests, and cancel a fifth of them at random moments.
+
+  Those that are cancelled ask for more tokens than they can get until then.
+  """
   scheduler, rng = make_scheduler(), np.random.default_rng(0)
   scheduler.warm_up()
-  begin, submitted, handles, first, cancelled = time.perf_counter(), 0, [], 0, 0
+  begin, submitted, first, cancelled = time.perf_counter(), 0, 0, 0
+  leaving: list[tuple[int, Handle]] = []  # (steps until it is cancelled, request)
   while submitted < count or not scheduler.idle:
     while submitted < count and scheduler.wanted:
       tokens = tuple(rng.integers(0, 101, int(rng.integers(1, 60))).tolist())
-      handles.append(scheduler.submit(Request(tokens, (submitted,), int(rng.integers(1, 12)))))
+      leaves = rng.random() < 0.2
+      limit = 60 if leaves else int(rng.integers(1, 12))
+      handle = scheduler.submit(Request(tokens, (submitted,), limit))
+      if leaves:
+        leaving.append((int(rng.integers(0, 3)), handle))
       submitted += 1
       if submitted % (count // 10) == 0:
         first = first or resident()
@@ -86,10 +94,11 @@ def requests_case(count: int) -> None:
           'that after the first tenth)',
           flush=True,
         )
-    if rng.random() < 0.35:
-      scheduler.cancel(handles[int(rng.integers(max(0, len(handles) - 40), len(handles)))])
+    for steps, handle in leaving:
+      if steps == 0:
+        scheduler.cancel(handle)
+    leaving = [(steps - 1, handle) for steps, handle in leaving if steps]
     cancelled += sum(event.finish == 'cancelled' for event in scheduler.step())
-    del handles[:-100]
   reasons = scheduler.check_books() or ['the books are in order']
   used = sum(row is not None for row in scheduler.rows)
   print(
