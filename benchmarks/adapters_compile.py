@@ -8,30 +8,28 @@ two serial estimates of `python -m t5x_inference_ext.precompile`: everything in 
 overlapped. Needs libtpu.
 """
 
-import argparse
 import dataclasses
-import os
+import functools
 
-os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported: nothing is computed here
+# few_layers comes first: it keeps jax, which reads its settings when it is imported, on the CPU.
+from benchmarks.few_layers import Times, all_layers, case_parser  # isort: split
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.sharding import NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from t5x_inference_ext.compiler_options import compiler_options  # noqa: E402
-from t5x_inference_ext.config import preset  # noqa: E402
-from t5x_inference_ext.precompile import slices  # noqa: E402
-from t5x_inference_ext.precompile.analysis import extrapolated  # noqa: E402
-from t5x_inference_ext.precompile.case import CompileCase  # noqa: E402
-from t5x_inference_ext.precompile.estimate import Estimate, estimate  # noqa: E402
-from t5x_inference_ext.precompile.program import abstract_decode_cache, abstract_weights  # noqa: E402
-from t5x_inference_ext.sharding.adapter_packing import adapter_spec, is_adapter_matrix  # noqa: E402
-from t5x_inference_ext.sharding.columns import input_parts  # noqa: E402
-from t5x_inference_ext.sharding.layout import Layout, num_shards  # noqa: E402
-from t5x_inference_ext.sharding.torus import parse_slice  # noqa: E402
+from t5x_inference_ext.compiler_options import compiler_options
+from t5x_inference_ext.config import ModelConfig, preset
+from t5x_inference_ext.precompile import slices
+from t5x_inference_ext.precompile.case import CompileCase
+from t5x_inference_ext.precompile.estimate import estimate
+from t5x_inference_ext.precompile.program import abstract_decode_cache, abstract_weights
+from t5x_inference_ext.sharding.adapter_packing import adapter_spec, is_adapter_matrix
+from t5x_inference_ext.sharding.columns import input_parts
+from t5x_inference_ext.sharding.layout import Layout, num_shards
+from t5x_inference_ext.sharding.torus import parse_slice
 
-FEW_LAYERS = 2, 4
 CHANGED = {'query', 'value'}
 
 
@@ -74,8 +72,8 @@ def with_lora(weights, model, ranks: int, rows: int):
   return dataclasses.replace(weights, layers=layers, adapter_rows=numbers)
 
 
-def step(case: CompileCase, slice_, ranks: int) -> Estimate:
-  """Return the estimate of a decode step; `ranks` is 0 without adapters."""
+def step(case: CompileCase, slice_, ranks: int) -> Times:
+  """Return the times of a decode step; `ranks` is 0 without adapters."""
   mesh = slices.slice_mesh(slice_, case.config, None)
   model = case.model(mesh)
   weights = abstract_weights(model, case.weights, stacked=False)
@@ -91,17 +89,11 @@ def step(case: CompileCase, slice_, ranks: int) -> Estimate:
 
   lowered = jax.jit(decode, donate_argnames='cache').lower(weights, cache, tokens)
   compiled = lowered.compile(compiler_options=compiler_options(mesh.devices.flat[0]))
-  return estimate(compiled.as_text(), slice_, mesh.shape)
+  return Times.of(estimate(compiled.as_text(), slice_, mesh.shape))
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--model', default='palm_8b')
-  parser.add_argument('--weights', default='int8')
-  parser.add_argument('--slice', default='v4:2x2x1')
-  parser.add_argument('--layout', default='ws_2d/batch')
+  parser = case_parser(__doc__, 'palm_8b', 'v4:2x2x1')
   parser.add_argument('--rows', type=int, default=32)
   parser.add_argument('--context', type=int, default=2048)
   parser.add_argument('--adapters', type=int, default=8)
@@ -110,25 +102,21 @@ def main() -> None:
   slice_, config = parse_slice(args.slice), preset(args.model)
   slices.check_slice(slice_)
 
-  def seconds(layers: int, ranks: int) -> float:
-    few = dataclasses.replace(config, num_layers=layers)
+  def times_of(few: ModelConfig, *, ranks: int) -> Times:
     layout = Layout.parse(args.layout)
     case = CompileCase(
       few, args.weights, 'decode', args.rows, args.context, layout, scan_layers=False
     )
-    return step(case, slice_, ranks).serial_seconds
+    return step(case, slice_, ranks)
 
   times = []
   for ranks in 0, args.adapters * args.rank:
-    few = [seconds(layers, ranks) for layers in FEW_LAYERS]
-    whole = extrapolated(*few, FEW_LAYERS, config.num_layers)
+    whole = all_layers(config, functools.partial(times_of, ranks=ranks)).serial
     times.append(whole)
-    a_layer = (few[1] - few[0]) / (FEW_LAYERS[1] - FEW_LAYERS[0])
     count = args.adapters if ranks else 0
     print(
       f'{args.model} {args.weights} {args.slice} {args.layout}, {args.rows} rows of '
-      f'{args.context}, {count} LoRA of rank {args.rank}: {whole * 1e3:.2f} ms, '
-      f'{a_layer * 1e6:.1f} us a layer',
+      f'{args.context}, {count} LoRA of rank {args.rank}: {whole * 1e3:.2f} ms',
       flush=True,
     )
   print(f'{times[1] / times[0]:.3f} of the time without')

@@ -1,14 +1,18 @@
 """Estimated times of a compiled program with all layers, from programs with few of them. No TPU."""
 
+import argparse
+from collections.abc import Callable
 import dataclasses
 import os
 from typing import Any
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported: nothing is computed here
 
-from t5x_inference_ext.config import preset  # noqa: E402
+from t5x_inference_ext.config import ModelConfig, preset  # noqa: E402
 from t5x_inference_ext.errors import UserError  # noqa: E402
 from t5x_inference_ext.precompile.analysis import analyze, extrapolated  # noqa: E402
+from t5x_inference_ext.precompile.estimate import Estimate  # noqa: E402
+from t5x_inference_ext.quantization.formats import SERVED_WEIGHTS  # noqa: E402
 
 FEW_LAYERS = 2, 4
 
@@ -28,9 +32,34 @@ class Times:
   overlapped: float
   calibrated: float | None
 
+  @classmethod
+  def of(cls, found: Estimate) -> 'Times':
+    """Return the times of an estimate."""
+    calibrated = found.calibrated.overlapped_seconds if found.calibrated else None
+    return cls(found.serial_seconds, found.overlapped_seconds, calibrated)
+
+
+def all_layers(config: ModelConfig, times_of: Callable[[ModelConfig], Times]) -> Times:
+  """Return the times with all layers, extrapolated from programs with FEW_LAYERS layers.
+
+  Args:
+    config: The model.
+    times_of: Compiles a program of a model with few layers.
+  """
+  few, more = (times_of(dataclasses.replace(config, num_layers=layers)) for layers in FEW_LAYERS)
+
+  def whole(first: float, second: float) -> float:
+    return extrapolated(first, second, FEW_LAYERS, config.num_layers)
+
+  return Times(
+    whole(few.serial, more.serial),
+    whole(few.overlapped, more.overlapped),
+    whole(few.calibrated, more.calibrated) if few.calibrated and more.calibrated else None,
+  )
+
 
 def times(
-  model: str,
+  config: ModelConfig,
   weights: str,
   slice_name: str,
   phase: str,
@@ -38,14 +67,13 @@ def times(
   context: int,
   layout: str,
   *,
-  layers: int | None = None,
   scan_layers: bool = False,
   **fields: Any,
 ) -> Times:
-  """Return the estimates of a program compiled with `layers` layers, by default all of them.
+  """Compile a program for a slice, and return its times.
 
   Args:
-    model: Name of a preset.
+    config: The model.
     weights, phase, batch, context, scan_layers, **fields: See precompile.case.CompileCase.
     slice_name: The slice, such as 'v4:4x4x4'.
     layout: Layout of the phase.
@@ -53,9 +81,8 @@ def times(
   Raises:
     UserError: The program can't be compiled, or does not fit into memory.
   """
-  config = preset(model)
   answer = analyze(
-    dataclasses.replace(config, num_layers=layers or config.num_layers),
+    config,
     weights,
     slice_name,
     phase,
@@ -66,30 +93,36 @@ def times(
     **fields,
   )
   if not answer.fits:
-    raise UserError(f'{model} {weights} {slice_name} {phase} batch {batch}: does not fit')
-  found = answer.compiled[1]
-  calibrated = found.calibrated.overlapped_seconds if found.calibrated else None
-  return Times(found.serial_seconds, found.overlapped_seconds, calibrated)
+    raise UserError(f'{weights} {slice_name} {phase} batch {batch}: does not fit')
+  return Times.of(answer.compiled[1])
 
 
 def extrapolated_times(model: str, *case: Any, **fields: Any) -> Times:
-  """Return the estimates for all layers, extrapolated from programs of FEW_LAYERS unrolled ones.
+  """Return the times of a preset with all layers, unrolled, from few.
 
   Args:
-    model: Name of a preset.
+    model: Name of the preset.
     *case, **fields: See `times`.
 
   Raises:
     UserError: See `times`.
   """
-  layers = preset(model).num_layers
-  few, more = (times(model, *case, layers=count, **fields) for count in FEW_LAYERS)
+  return all_layers(preset(model), lambda config: times(config, *case, **fields))
 
-  def all_layers(first: float, second: float) -> float:
-    return extrapolated(first, second, FEW_LAYERS, layers)
 
-  return Times(
-    all_layers(few.serial, more.serial),
-    all_layers(few.overlapped, more.overlapped),
-    all_layers(few.calibrated, more.calibrated) if few.calibrated and more.calibrated else None,
+def case_parser(text: str, model: str, slice_name: str) -> argparse.ArgumentParser:
+  """Return a parser of the flags that benchmarks of one model on one slice share.
+
+  Args:
+    text: What the benchmark does.
+    model: Default of --model.
+    slice_name: Default of --slice.
+  """
+  parser = argparse.ArgumentParser(
+    description=text, formatter_class=argparse.RawDescriptionHelpFormatter
   )
+  parser.add_argument('--model', default=model)
+  parser.add_argument('--weights', default='int8', choices=SERVED_WEIGHTS)
+  parser.add_argument('--slice', default=slice_name)
+  parser.add_argument('--layout', default='ws_2d/batch')
+  return parser

@@ -8,36 +8,31 @@ shards run one program, so each reads as many pages as the shard with the long r
 layers is extrapolated from programs of few unrolled layers. Needs libtpu.
 """
 
-import argparse
 import dataclasses
 import itertools
-import os
 
-os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported: nothing is computed here
+from benchmarks.few_layers import Times, all_layers, case_parser
+from t5x_inference_ext.compiler_options import compiler_options
+from t5x_inference_ext.config import ModelConfig, preset
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.model.chunks import page_shards
+from t5x_inference_ext.precompile.case import CompileCase
+from t5x_inference_ext.precompile.estimate import estimate
+from t5x_inference_ext.precompile.kernel_schedule import kernel_schedules
+from t5x_inference_ext.precompile.program import abstract_weights
+from t5x_inference_ext.precompile.slices import slice_mesh
+from t5x_inference_ext.precompile.slot_programs import slot_program
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice
 
-from t5x_inference_ext.compiler_options import compiler_options  # noqa: E402
-from t5x_inference_ext.config import preset  # noqa: E402
-from t5x_inference_ext.engine.scheduler_config import SchedulerConfig  # noqa: E402
-from t5x_inference_ext.errors import UserError  # noqa: E402
-from t5x_inference_ext.model.chunks import page_shards  # noqa: E402
-from t5x_inference_ext.precompile.analysis import extrapolated  # noqa: E402
-from t5x_inference_ext.precompile.case import CompileCase  # noqa: E402
-from t5x_inference_ext.precompile.estimate import Estimate, estimate  # noqa: E402
-from t5x_inference_ext.precompile.kernel_schedule import kernel_schedules  # noqa: E402
-from t5x_inference_ext.precompile.program import abstract_weights  # noqa: E402
-from t5x_inference_ext.precompile.slices import slice_mesh  # noqa: E402
-from t5x_inference_ext.precompile.slot_programs import slot_program  # noqa: E402
-from t5x_inference_ext.sharding.layout import Layout  # noqa: E402
-from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice  # noqa: E402
-
-FEW_LAYERS = 2, 4
 PAGE = SchedulerConfig.page_size
 POOL = 32  # positions of the cache, in those of the long row
 TITLES = 'slots', 'cache', 'attention', 'pages read', 'ms serial', 'ms overlapped', 'times'
 
 
-def step_milliseconds(case: CompileCase, slice_: TpuSlice, read: int) -> tuple[float, float]:
-  """Return the milliseconds of a step with all layers: serial, and overlapped.
+def step_times(case: CompileCase, slice_: TpuSlice, read: int) -> Times:
+  """Return the times of a step with all layers.
 
   Args:
     case: The program, but for the number of pages that it reads.
@@ -47,8 +42,8 @@ def step_milliseconds(case: CompileCase, slice_: TpuSlice, read: int) -> tuple[f
   mesh = slice_mesh(slice_, case.config)
   schedules = kernel_schedules(case, slice_, mesh.devices.shape)
 
-  def few_layers(layers: int) -> Estimate:
-    few = dataclasses.replace(case, config=dataclasses.replace(case.config, num_layers=layers))
+  def times_of(config: ModelConfig) -> Times:
+    few = dataclasses.replace(case, config=config)
     model = few.model(mesh)
     weights = abstract_weights(model, few.weights, few.stacked)
     function, arguments = slot_program(
@@ -56,17 +51,9 @@ def step_milliseconds(case: CompileCase, slice_: TpuSlice, read: int) -> tuple[f
     )
     options = compiler_options(mesh.devices.flat[0])
     text = function.lower(*arguments).compile(compiler_options=options).as_text()
-    return estimate(text, slice_, mesh.shape, schedules=schedules)
+    return Times.of(estimate(text, slice_, mesh.shape, schedules=schedules))
 
-  first, second = map(few_layers, FEW_LAYERS)
-  serial, overlapped = (
-    extrapolated(*times, FEW_LAYERS, case.config.num_layers) * 1e3
-    for times in (
-      (first.serial_seconds, second.serial_seconds),
-      (first.overlapped_seconds, second.overlapped_seconds),
-    )
-  )
-  return serial, overlapped
+  return all_layers(case.config, times_of)
 
 
 def print_rows(case: CompileCase, slice_: TpuSlice, longest: int) -> None:
@@ -79,21 +66,15 @@ def print_rows(case: CompileCase, slice_: TpuSlice, longest: int) -> None:
   case = dataclasses.replace(case, batch=slots, context=POOL * longest)
   alone = 0.0
   for read in (1 + rows, rows + -(-longest // PAGE)):
-    serial, overlapped = step_milliseconds(case, slice_, read)
-    alone = alone or serial
-    times = f'{serial:.2f}', f'{overlapped:.2f}', f'{serial / alone:.3f}'
-    cells = slots, case.cache, case.attention, read, *times
+    found = step_times(case, slice_, read)
+    alone = alone or found.serial
+    milliseconds = (f'{seconds * 1e3:.2f}' for seconds in (found.serial, found.overlapped))
+    cells = slots, case.cache, case.attention, read, *milliseconds, f'{found.serial / alone:.3f}'
     print('| ' + ' | '.join(map(str, cells)) + ' |', flush=True)
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--model', default='palm_540b')
-  parser.add_argument('--weights', default='int8', choices=('int8', 'bfloat16'))
-  parser.add_argument('--slice', default='v4:4x4x4')
-  parser.add_argument('--layout', default='ws_2d/batch')
+  parser = case_parser(__doc__, 'palm_540b', 'v4:4x4x4')
   parser.add_argument('--rows', nargs='+', type=int, default=[32])
   parser.add_argument('--long', type=int, default=8192, help='positions of the long row')
   parser.add_argument('--cache', nargs='+', default=['bfloat16'], choices=('bfloat16', 'int8'))

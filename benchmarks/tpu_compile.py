@@ -72,11 +72,11 @@ class Row:
     Raises:
       UserError: The program can't be compiled, or does not fit.
     """
-    case = (self.model, self.weights, self.slice_name, self.phase, self.batch, self.context)
+    case = (self.weights, self.slice_name, self.phase, self.batch, self.context, self.layout)
     fields: dict[str, Any] = {'attention': attention, 'cache': self.cache}
     if all_layers or self.scan_layers:
-      return times(*case, self.layout, scan_layers=self.scan_layers, **fields)
-    return extrapolated_times(*case, self.layout, **fields)
+      return times(preset(self.model), *case, scan_layers=self.scan_layers, **fields)
+    return extrapolated_times(self.model, *case, **fields)
 
 
 def _row(case: str, target: float, kernel_target: float | None = None, **fields: Any) -> Row:

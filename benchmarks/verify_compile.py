@@ -12,11 +12,10 @@ before it are. With --draft_model, a step includes a decode step of that model f
 on the same slice with the same dtype of weights. Needs libtpu.
 """
 
-import argparse
 import functools
 import itertools
 
-from benchmarks.few_layers import FEW_LAYERS, extrapolated_times
+from benchmarks.few_layers import FEW_LAYERS, case_parser, extrapolated_times
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.planner.drafts import ACCEPTANCES, tokens_of_step
 
@@ -60,13 +59,7 @@ def table_row(rows: int, draft: int, step: float, drafts: float, plain: float) -
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--model', default='palm_540b')
-  parser.add_argument('--weights', default='int8', choices=('int8', 'bfloat16'))
-  parser.add_argument('--slice', default='v4:4x4x4')
-  parser.add_argument('--layout', default='ws_2d/batch')
+  parser = case_parser(__doc__, 'palm_540b', 'v4:4x4x4')
   parser.add_argument('--rows', nargs='+', type=int, default=[1, 8, 64])
   parser.add_argument('--drafts', nargs='+', type=int, default=[1, 2, 4, 8, 16])
   parser.add_argument('--context', type=int, default=2048)

@@ -118,7 +118,7 @@ def main() -> None:
       output = f'{scratch}/{number}'
       report = convert.convert(arguments.model, output, calibration=calibration, **options)
       size = report.layer_bytes / report.layer_float32_bytes
-      show(kind, bits(open_checkpoint(f'{scratch}/{number}')), size)
+      show(kind, bits(open_checkpoint(output)), size)
   show('Q4_0', bits(as_q4_0(source)), Q4_0_BITS / 32)
 
 
