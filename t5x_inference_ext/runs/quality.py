@@ -15,6 +15,7 @@ from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.quantization.formats import weight_format
 from t5x_inference_ext.runs.rounded_tensors import rounded_alone
+from t5x_inference_ext.text.vocabulary import check_in_vocabulary
 from t5x_inference_ext.text_files import check_plots
 
 BATCH_ROWS = 8
@@ -165,9 +166,7 @@ def _checked(tokens: np.ndarray, where: str, vocab_size: int) -> np.ndarray:
       f'{where}: tokens are whole numbers [rows, length], not all 0, got {tokens.dtype} '
       f'{list(tokens.shape)}'
     )
-  for token in (tokens.max(), tokens.min()):
-    if not 0 <= token < vocab_size:
-      raise UserError(f'{where} holds token {token}, outside the vocabulary of {vocab_size}')
+  check_in_vocabulary(tokens, where, vocab_size)
   return tokens.astype(np.int32)
 
 

@@ -8,7 +8,9 @@ import abc
 import codecs
 from collections.abc import Mapping, Sequence
 
-from t5x_inference_ext.errors import RequestError
+import numpy as np
+
+from t5x_inference_ext.errors import RequestError, UserError
 
 # The character that SentencePiece, and tokenizers converted from it, use for a space.
 SPACE_SIGN = '\u2581'
@@ -129,6 +131,19 @@ def encode_pair(
     if end > boundary:
       return ids[:place], ids[place:]
   return ids, []
+
+
+def check_in_vocabulary(tokens: np.ndarray, where: str, rows: int) -> None:
+  """Raise UserError if token ids are not in a vocabulary of `rows` rows.
+
+  Args:
+    tokens: [..] integers, at least one.
+    where: What holds them, for the message.
+    rows: Number of rows of the embedding.
+  """
+  for token in (int(tokens.max()), int(tokens.min())):
+    if not 0 <= token < rows:
+      raise UserError(f'{where} holds token {token}, outside the vocabulary of {rows}')
 
 
 def check_size(vocabulary: Vocabulary, rows: int) -> None:

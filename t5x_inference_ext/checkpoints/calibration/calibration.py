@@ -167,7 +167,7 @@ class Calibration:
 
   def _calibrate_layer(self, number: int, bias: jax.Array | None) -> None:
     """Round one layer, and write it and the residual stream after it."""
-    layer = CalibratedLayer(self._source, self._model, self._dtypes, number)
+    layer = CalibratedLayer(self._source, self._model, self._packed, self._dtypes, number)
     stream = self._results.stream(number)
     run = functools.partial(passes.run_layer, self._model, self._source.config.local_layers[number])
     count = float(self._rows.counted.sum())

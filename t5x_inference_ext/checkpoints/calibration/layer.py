@@ -16,7 +16,7 @@ from t5x_inference_ext.errors import CheckpointError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import LayerWeights, layer_weights
 from t5x_inference_ext.quantization import gptq
-from t5x_inference_ext.sharding.packing import packed_tensors
+from t5x_inference_ext.sharding.packing import PackedTensor
 
 _ATTENTION_INPUTS = ('query', 'key', 'value')
 
@@ -33,12 +33,15 @@ class CalibratedLayer:
   """
 
   def __init__(
-    self, source: Checkpoint, model: Model, dtypes: Mapping[str, np.dtype], layer: int
+    self,
+    source: Checkpoint,
+    model: Model,
+    packed: Mapping[str, PackedTensor],
+    dtypes: Mapping[str, np.dtype],
+    layer: int,
   ) -> None:
-    self._source, self._model, self._dtypes, self._layer = source, model, dtypes, layer
-    self._packed = packed_tensors(
-      model.config, model.prefill_layout, dict(model.mesh.shape), scaled=False
-    )
+    self._source, self._model, self._packed = source, model, packed
+    self._dtypes, self._layer = dtypes, layer
     self._matrices = {name: self._read(name) for name in dtypes}
     self._vectors = {
       name: load_tensor(source, model, tensor, layer)
@@ -127,10 +130,8 @@ class CalibratedLayer:
   ) -> tuple[np.ndarray, np.ndarray]:
     """Return units int8 and scales, with as much damping as float32 needs."""
     for damping in gptq.DAMPINGS:
-      units, scale, _ = passes.quantize_matrix(
-        jnp.asarray(w), hessian, self._dtypes[names[0]], damping
-      )
-      units, scale = np.asarray(units), np.asarray(scale)
+      found = passes.quantize_matrix(jnp.asarray(w), hessian, self._dtypes[names[0]], damping)
+      units, scale = map(np.asarray, found)
       if np.isfinite(units).all() and np.isfinite(scale).all():
         return units.astype(np.int8), scale
     raise CheckpointError(

@@ -101,7 +101,12 @@ def run_layer(
   return _on_one_device(model, on_device)(weights, relative_bias, x, counted)
 
 
-quantize_matrix = jax.jit(gptq.quantize, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=2)
+def quantize_matrix(
+  w: gptq.Matrix, hessian: gptq.Square, dtype: np.dtype, damping: Float[Array, '']
+) -> tuple[gptq.Matrix, gptq.Channels]:
+  """Return the units and scales of gptq.quantize. Its errors are not computed."""
+  return gptq.quantize(w, hessian, dtype, damping)[:2]
 
 
 def add_hessians(total: dict[str, np.ndarray], hessians: Hessians) -> None:

@@ -1,4 +1,4 @@
-"""What a calibration has on the disk: rounded layers, and the residual stream before the next one.
+"""Files of a calibration: rounded layers, and the residual stream before the next layer.
 
 OUTPUT.unfinished/calibration/
   stream-3           [rows, T, E] float32, before layer 3; layers 0 to 2 are done

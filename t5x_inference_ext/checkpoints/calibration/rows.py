@@ -1,6 +1,7 @@
 """The rows of a calibration: token ids of a .npy file, or a text in the model's vocabulary."""
 
 import dataclasses
+import io
 import os
 import zlib
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.text.vocabulary import check_in_vocabulary
 
 # The beginning of the note in checkpoints that a calibration made.
 CALIBRATED_NOTE = 'rounded by GPTQ on '
@@ -53,19 +55,14 @@ def read_calibration(path: str, source: Checkpoint) -> CalibrationRows:
     raise UserError(f'no file at calibration={path}')
   with open(path, 'rb') as f:
     data = f.read()
-  tokens = _stored_ids(path) if path.endswith('.npy') else _text_ids(path, data, source)
+  tokens = _stored_ids(path, data) if path.endswith('.npy') else _text_ids(path, data, source)
   rows, length = tokens.shape
   longest = min(MAX_LENGTH, source.config.num_positions or MAX_LENGTH)
   if length > longest:
     raise UserError(
       f'calibration={path} has rows of {length} tokens, and at most {longest} can be used: cut them'
     )
-  for token in (int(tokens.max()), int(tokens.min())):
-    if not 0 <= token < source.config.vocab_size:
-      raise UserError(
-        f'calibration={path} holds token {token}, outside the vocabulary of '
-        f'{source.config.vocab_size}'
-      )
+  check_in_vocabulary(tokens, f'calibration={path}', source.config.vocab_size)
   tokens = tokens.astype(np.int32)
   counted = np.cumsum(tokens[:, ::-1] != 0, axis=1)[:, ::-1] > 0
   counted = counted[:, : counted.any(0).sum()]
@@ -75,10 +72,10 @@ def read_calibration(path: str, source: Checkpoint) -> CalibrationRows:
   return CalibrationRows(path, zlib.crc32(data), np.ascontiguousarray(inputs), counted)
 
 
-def _stored_ids(path: str) -> np.ndarray:
+def _stored_ids(path: str, data: bytes) -> np.ndarray:
   """Return the token ids [rows, length] of a .npy file."""
   try:
-    tokens = np.load(path, allow_pickle=False)
+    tokens = np.load(io.BytesIO(data), allow_pickle=False)
   except (OSError, ValueError, EOFError) as e:
     raise UserError(f'calibration={path} is no .npy file: {str(e).splitlines()[0]}') from e
   if tokens.ndim != 2 or tokens.dtype.kind not in 'iu':
