@@ -174,7 +174,7 @@ def _without_overlap(
     layers, head = (seconds / efficiency.memory for seconds in loads)
     parts['weight load'] = max(0.0, layers - parts['matmuls']) + max(0.0, head - parts['logits'])
     return parts, 0.0
-  if convention == 'torus' and case.size(case.layout.gathered_axes) < case.machine.chips:
+  if convention == 'torus' and case.gathers_partly:
     return parts, 0.0
   gathering = parts['weights moved']
   parts['weights moved'] = max(0.0, gathering - parts['matmuls'])
