@@ -29,30 +29,23 @@ from tests import memory, reference
 from tests.simulator.service_test import (
   CHUNK,
   INSERT,
+  LARGEST,
   MODEL,
   STEP,
   Watched,
   arrivals,
   config,
   prices,
+  watched_run,
 )
 
-LARGEST = 10**6
 NGRAM = Speculation('ngram', 4)
 
 
 def drafted_prices(times: float) -> PriceTable:
   """A step that checks drafts takes `times` plain ones."""
   sizes = {'draft': 4, 'read': LARGEST, 'read_shared': LARGEST}
-  rows = [PricedProgram('speculative_steps', sizes, times * STEP)]
-  rows += [
-    PricedProgram('decode_steps', {'read': LARGEST, 'read_shared': LARGEST}, STEP),
-    PricedProgram('prefill_chunk', {'tokens': LARGEST, 'read': LARGEST}, CHUNK),
-    PricedProgram('insert', {'positions': 1}, INSERT),
-    *(PricedProgram(name, {'blocks': 1}, 0.0) for name in ('start_prefill', 'save_blocks')),
-    *(PricedProgram(name, {}, 0.0) for name in ('start', 'host')),
-  ]
-  return PriceTable(rows)
+  return prices(more=[PricedProgram('speculative_steps', sizes, times * STEP)])
 
 
 def test_numpy_chooses_as_jax():
@@ -89,7 +82,7 @@ def test_a_draft_that_is_always_right_gives_five_tokens_a_step():
 
 
 def test_tokens_a_step_follow_the_acceptance():
-  """Of each token, given those before it; whole drafts are checked in nearly all steps."""
+  """Acceptance counts tokens after right ones; nearly all steps check whole drafts."""
   rows = arrivals(*[(0, 16, 64)] * 24)
   sizes = config(8, speculate=NGRAM, max_length=160)
   for acceptance, mean in (((0.7,), tokens_of_step(0.7, 4)), ((1, 0.5), 2 + 0.5 + 0.25 + 0.125)):
@@ -171,15 +164,9 @@ def test_the_devices_would_check_the_same_drafts():
   clock = ClockExecutor(engine.model, sizes, drafted_prices(1.2), VirtualClock(), 1, [1.0])
   constant, runs = np.asarray([1, 1.2, 1.3], np.float32), []
   for executor in (device, clock):
-    watched = Watched(executor)
-    scheduler = Scheduler(engine.model, None, sizes, executor=watched)
+    scheduler = Scheduler(engine.model, None, sizes, executor=Watched(executor))
     scheduler._decoder._prices = mock.Mock(tries_plain=False, next=lambda: constant)
-    for request in requests:
-      scheduler.submit(request)
-    tokens = 0
-    while not scheduler.idle:
-      tokens += sum(len(event.tokens) for event in scheduler.step())
-    assert tokens == sum(request.limit for request in requests)
-    runs.append((watched.calls, scheduler.stats))
+    runs.append(watched_run(scheduler, requests))
+    assert sum(runs[-1][1].values()) == sum(request.limit for request in requests)
   assert runs[0] == runs[1]
-  assert runs[0][1].drafts.tokens_per_step > 3
+  assert runs[0][2].drafts.tokens_per_step > 3

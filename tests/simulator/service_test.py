@@ -1,6 +1,8 @@
 """A service in virtual time: latencies by hand, and the programs that the devices would run."""
 
+from collections.abc import Sequence
 import math
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh
@@ -24,15 +26,16 @@ from tests import memory, reference
 
 MODEL = Model(memory.ODD, AbstractMesh((1, 1, 1), AXES))
 CHUNK, INSERT, STEP, HOST = 0.1, 0.01, 0.02, 0.001
+LARGEST = 10**6  # more than any size of a program
 
 
-def prices(host: float = 0.0) -> PriceTable:
-  largest = 10**6
+def prices(host: float = 0.0, more: Sequence[PricedProgram] = ()) -> PriceTable:
   return PriceTable(
     [
-      PricedProgram('prefill_chunk', {'tokens': largest, 'read': largest}, CHUNK),
+      *more,
+      PricedProgram('prefill_chunk', {'tokens': LARGEST, 'read': LARGEST}, CHUNK),
       PricedProgram('insert', {'positions': 1}, INSERT),
-      PricedProgram('decode_steps', {'read': largest, 'read_shared': largest}, STEP),
+      PricedProgram('decode_steps', {'read': LARGEST, 'read_shared': LARGEST}, STEP),
       *(PricedProgram(name, {'blocks': 1}, 0.0) for name in ('start_prefill', 'save_blocks')),
       PricedProgram('start', {}, 0.0),
       PricedProgram('host', {}, host),
@@ -200,21 +203,25 @@ def test_the_devices_would_run_the_same_programs():
   device = DeviceExecutor(engine.model, engine.weights, sizes)
   clock = ClockExecutor(engine.model, sizes, NoTime(), VirtualClock(), device.block_bytes)
   assert (clock.shards, clock.blocks) == (device.shards, device.blocks)
-  runs = []
-  for executor in (device, clock):
-    watched = Watched(executor)
-    scheduler = Scheduler(engine.model, None, sizes, executor=watched)
-    for request in requests:
-      scheduler.submit(request)
-    counts: dict[tuple[int, int], int] = {}
-    while not scheduler.idle:
-      for event in scheduler.step():
-        key = event.request, event.sample
-        counts[key] = counts.get(key, 0) + len(event.tokens)
-    assert not scheduler.check_books()
-    runs.append((watched.calls, counts, scheduler.stats))
+  runs = [
+    watched_run(Scheduler(engine.model, None, sizes, executor=Watched(executor)), requests)
+    for executor in (device, clock)
+  ]
   assert runs[0] == runs[1]
   assert runs[0][2].preempted and runs[0][2].prefixes.hits
+
+
+def watched_run(scheduler: Scheduler, requests: Sequence[Request]) -> tuple[Any, ...]:
+  """Serve requests; what a Watched executor was asked for, tokens of each row, and the stats."""
+  for request in requests:
+    scheduler.submit(request)
+  counts: dict[tuple[int, int], int] = {}
+  while not scheduler.idle:
+    for event in scheduler.step():
+      key = event.request, event.sample
+      counts[key] = counts.get(key, 0) + len(event.tokens)
+  assert not scheduler.check_books()
+  return scheduler.executor.calls, counts, scheduler.stats
 
 
 class Watched:
