@@ -47,11 +47,7 @@ class RowAdapters:
     return cls(rows, input_parts(config, part, shards), output_parts(config, part, shards))
 
   def input_terms(
-    self,
-    y: Float[Array, 'b t e'],
-    w: BlockPartWeights,
-    columns: slice = slice(None),
-    split: Axes = (),
+    self, y: Float[Array, 'b t e'], w: BlockPartWeights, columns: slice = slice(None)
   ) -> Float[Array, 'b t columns'] | None:
     """Return the terms of a shard's columns of an input product; None if no adapter has any.
 
@@ -59,13 +55,11 @@ class RowAdapters:
       y: Factor of the input product.
       w: This shard's weights.
       columns: The columns, whole parts; all by default.
-      split: Axes that split y's features, beyond those that split the rows of w_in.
     """
     parts, ranks = self._parts(w, columns)
     if not ranks:
       return None
-    a = ops.local_slice(w.adapters['in_a'][:, ranks], split, 0)
-    inner = ops.all_reduce(int8.matmul(y, a), split)
+    inner = int8.matmul(y, w.adapters['in_a'][:, ranks])
     inner = self._own(inner, w.adapters['in_owners'][ranks])
     terms, first = [], 0
     for part in parts:
@@ -106,7 +100,7 @@ class RowAdapters:
     return int8.matmul(inner, ops.all_gather(b, hidden, 1))
 
   def output_terms(
-    self, y: Float[Array, 'b t rows'], w: BlockPartWeights, split: Axes = ()
+    self, y: Float[Array, 'b t rows'], w: BlockPartWeights
   ) -> Float[Array, 'b t e'] | None:
     """Return the terms that adapters add to an output product; None if no adapter has any.
 
@@ -115,8 +109,6 @@ class RowAdapters:
     Args:
       y: Factor of the output product.
       w: This shard's weights.
-      split: Axes that split the product's features, beyond those that split the columns of w_out.
-        Inner products [b, t, ranks] are summed over these axes.
     """
     total, first = None, 0
     for part in self.out_parts:
@@ -124,8 +116,7 @@ class RowAdapters:
       fields = self._output_fields(w, part)
       if fields is not None:
         a, b, owners = fields
-        inner = ops.all_reduce(self._own(int8.matmul(columns, a), owners), split)
-        term = int8.matmul(inner, ops.local_slice(b, split, 1))
+        term = int8.matmul(self._own(int8.matmul(columns, a), owners), b)
         total = term if total is None else total + term
     return total
 

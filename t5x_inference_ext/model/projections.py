@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.model.adapters import RowAdapters, with_terms
-from t5x_inference_ext.model.collectives import looped, ops
+from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.collectives.weight_gather import Gatherer
 from t5x_inference_ext.model.norm import scaled_by_two_norms
 from t5x_inference_ext.model.weight_gathered import Columns, WeightGathered
@@ -65,16 +65,8 @@ class WeightStationary:
       w: The weights.
       widths: Number of columns by name.
     """
-    layout = self.sharding.layout
-    if layout.ring_directions:
-      terms = self._terms(y, w)
-      y = looped.all_gather_matmul(y, w.w_in, layout.hidden_axes, layout.ring_directions)
-      y = y if w.in_scale is None else int8.rescale(y, w.in_scale)
-    else:
-      y = self._gathered(y)
-      terms = self._terms(y, w)
-      y = int8.matmul(y, w.w_in, w.in_scale)
-    y = with_terms(y, terms)
+    y = self._gathered(y)
+    y = with_terms(int8.matmul(y, w.w_in, w.in_scale), self._terms(y, w))
     dim = self.sharding.reduce_scatter_dim(self.block_part)
     y = self._sum_columns(y, dim)  # all columns at once, before they are cut
     # If MLP and attention columns are one array, attention's output is later written into it,
@@ -90,38 +82,27 @@ class WeightStationary:
   def _terms(
     self, y: Float[Array, 'b t e'], w: BlockPartWeights, columns: slice = slice(None)
   ) -> jax.Array | None:
-    """Return the low-rank terms of some columns; y is a ring's slice, or gathered."""
-    if self.adapters is None:
-      return None
-    layout = self.sharding.layout
-    split = layout.hidden_axes if layout.ring_directions else ()
-    return self.adapters.input_terms(y, w, columns, split)
+    """Return the low-rank terms of some columns; y is gathered."""
+    return None if self.adapters is None else self.adapters.input_terms(y, w, columns)
 
   def inputs_of_two_norms(
     self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
   ) -> Columns:
     """Scale y by the norms of attention and of the MLP, and multiply by their columns of w_in.
 
-    One gather of y serves both norms. A ring runs once for each norm.
+    One gather of y serves both norms.
 
     Args:
       y: This shard's part of the normalized residual stream, not yet scaled.
       w: The weights.
       widths: Number of columns by name.
     """
-    layout, dim = self.sharding.layout, self.sharding.reduce_scatter_dim(self.block_part)
-    if not layout.ring_directions:
-      y = self._gathered(y)
-    attention, mlp = scaled_by_two_norms(y, w)
+    dim = self.sharding.reduce_scatter_dim(self.block_part)
+    attention, mlp = scaled_by_two_norms(self._gathered(y), w)
     last = w.w_in.shape[1] - widths['attention']
     products = []
     for normed, block in (mlp, slice(0, last)), (attention, slice(last, None)):
-      if layout.ring_directions:
-        x = looped.all_gather_matmul(
-          normed, w.w_in[:, block], layout.hidden_axes, layout.ring_directions
-        )
-      else:
-        x = int8.matmul(normed, w.w_in[:, block])
+      x = int8.matmul(normed, w.w_in[:, block])
       x = x if w.in_scale is None else int8.rescale(x, w.in_scale[block])
       x = with_terms(x, self._terms(normed, w, block))
       products.append(self._sum_columns(x, dim))
@@ -144,13 +125,7 @@ class WeightStationary:
     dim = self.sharding.reduce_scatter_dim(self.block_part)
     if dim is not None:
       y = ops.all_gather(y, layout.embed_axes, dim)
-    ring, hidden = layout.ring_directions, layout.hidden_axes
-    terms = None
-    if self.adapters is not None:
-      terms = self.adapters.output_terms(y, w, hidden if ring else ())
-    if ring:
-      y = looped.matmul_reduce_scatter(y, w.w_out, hidden, ring)
-      return with_terms(y, terms)
+    terms = None if self.adapters is None else self.adapters.output_terms(y, w)
     y, split = with_terms(int8.matmul(y, w.w_out), terms), self.sharding.residual_dim
     if split is None:
       return ops.all_reduce(y, layout.hidden_axes)
@@ -190,8 +165,7 @@ def keep_slices_apart(
   multiply. Merged, they make the compiler copy the whole stack into another layout. A barrier
   between them prevents that.
   """
-  layout = sharding.layout
-  if not (layout.gathered_axes or layout.ring_directions or config.has_two_norms(block_part)):
+  if not (sharding.layout.gathered_axes or config.has_two_norms(block_part)):
     return w
   w_in, w_out = jax.lax.optimization_barrier((w.w_in, w.w_out))
   return dataclasses.replace(w, w_in=w_in, w_out=w_out)
@@ -212,5 +186,5 @@ def projections(
     adapters: Adapters of the rows of the pass; None: no row has one.
   """
   if sharding.layout.gathered_axes:
-    return WeightGathered(sharding, Gatherer(sharding.layout.ring_directions), adapters)
+    return WeightGathered(sharding, Gatherer(), adapters)
   return WeightStationary(sharding, block_part, overlaps, adapters)

@@ -80,7 +80,7 @@ def token_parts(
   whole = TokenParts()
   if hidden * embed == 1 or not _overlaps_collectives(mesh):
     return whole
-  if layout.gathered_axes or layout.ring_directions or dim is None or dim == 2:
+  if layout.gathered_axes or dim is None or dim == 2:
     return whole
   if embed > 1 and any(sharding.reduce_scatter_dim(part) != dim for part in config.block_parts):
     return whole

@@ -98,12 +98,9 @@ def input_norm_axes(part: BlockPart, config: ModelConfig, sharding: ActivationSh
   """Return the axes that split the features to which a block part's input norms are applied.
 
   A parallel block with two norms gathers its normalized input once, and applies both norms'
-  scales to the gathered features. Around a ring, each slice is scaled before it travels.
+  scales to the gathered features.
   """
-  layout = sharding.layout
-  if not config.has_two_norms(part) or (layout.ring_directions and not layout.gathered_axes):
-    return sharding.residual[2]
-  return layout.embed_axes
+  return sharding.layout.embed_axes if config.has_two_norms(part) else sharding.residual[2]
 
 
 def mlp_axes(part: BlockPart, sharding: ActivationSharding) -> Axes:

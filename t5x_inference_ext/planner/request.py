@@ -5,7 +5,6 @@ import functools
 from typing import Any
 
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.planner.case import (
   CACHE_ELEMENT_BYTES,
   PassCase,
@@ -73,11 +72,6 @@ class PlanRequest:
     )
     if self.layouts is not None:
       check_pair(*self.layouts)
-      for layout in self.layouts:
-        if layout.collectives != 'plain':
-          raise RequestError(
-            f'the planner predicts plain collectives only, not {layout}: use precompile for it'
-          )
 
   @property
   def context(self) -> int:

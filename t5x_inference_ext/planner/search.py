@@ -23,8 +23,7 @@ from t5x_inference_ext.sharding.layout import (
 )
 
 # wg_xyz/heads is left out, because wg_xyz splits rows over every axis, and no axis is left for
-# heads. Looped collectives are left out: they send as many bytes as plain ones, and the fitted
-# efficiencies include their overlap.
+# heads.
 LAYOUTS = tuple(
   Layout(feedforward, attention)
   for feedforward in ('ws_2d', *(f for f in FEEDFORWARD if f != 'ws_2d'))

@@ -13,13 +13,7 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.kernel_attention import ATTENTION_KINDS
 from t5x_inference_ext.model.shardings import CACHE_DTYPES, COMPUTE_DTYPES
 from t5x_inference_ext.options import check_options, option
-from t5x_inference_ext.sharding.layout import (
-  ATTENTION,
-  FEEDFORWARD,
-  RING_DIRECTIONS,
-  Layout,
-  check_pair,
-)
+from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout, check_pair
 from t5x_inference_ext.speculation import parse_speculation
 from t5x_inference_ext.text.stop_texts import check_stop_texts
 
@@ -38,8 +32,8 @@ _NEEDED, _COMMON, _WRITTEN, _SHARDING, _BATCHING, _ADAPTERS = (
 
 def _layout_help(phase: str) -> str:
   return (
-    f'Layout of {phase}, feedforward/attention[/collectives]: {", ".join(FEEDFORWARD)} / '
-    f'{", ".join(ATTENTION)} [/ {", ".join(RING_DIRECTIONS)}]. See docs/layouts.md.'
+    f'Layout of {phase}, feedforward/attention: {", ".join(FEEDFORWARD)} / '
+    f'{", ".join(ATTENTION)}. See docs/layouts.md.'
   )
 
 

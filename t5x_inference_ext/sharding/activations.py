@@ -200,9 +200,7 @@ def _shard_activations(
     layout=layout,
     rows=rows,
     positions=positions,
-    # With looped collectives, each step of a ring multiplies one slice. A slice of features has all
-    # rows; a slice of rows would have too few for an efficient product.
-    residual_dim=2 if layout.ring_directions else residual_dim(layout, local_tokens, mesh),
+    residual_dim=residual_dim(layout, local_tokens, mesh),
     mlp_dim=token_dim(local_tokens, embed, mesh),
     attention_rows=rows + more_rows,
     attention_heads=head_axes,

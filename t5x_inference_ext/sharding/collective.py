@@ -27,8 +27,6 @@ class Collective:
     shards: K, the number of devices along these axes.
     bytes: Bytes on one device of the larger of input and output: the output of an all-gather, the
       input of a reduce-scatter; of an all-reduce or all-to-all, both are equal.
-    directions: 0: a plain collective. 1 or 2: a ring of K - 1 steps; each step sends bytes / K,
-      split over one or two directions, by collective-permutes (section 3.5).
   """
 
   name: str
@@ -36,7 +34,6 @@ class Collective:
   axes: Axes
   shards: int
   bytes: int
-  directions: int = 0
 
   @property
   def of_weights(self) -> bool:
@@ -51,11 +48,6 @@ class Collective:
     all-to-all: each device keeps 1/K of its array and sends the rest, which also gives (K-1)/K.
     """
     return self.bytes * (self.shards - 1) / self.shards * (2 if self.kind == 'all_reduce' else 1)
-
-  @property
-  def steps(self) -> int:
-    """Number of consecutive steps of a looped collective; 0 for a plain one."""
-    return self.shards - 1 if self.directions else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +93,7 @@ class Pass:
     return self.weight
 
   def collective(
-    self, name: str, kind: str, axes: Axes, count: int, width: float, looped: bool = False
+    self, name: str, kind: str, axes: Axes, count: int, width: float
   ) -> list[Collective]:
     """Return a list with this collective; an empty list if the axes have only one device.
 
@@ -111,19 +103,15 @@ class Pass:
       axes: Mesh axes. They may have size 1.
       count: Elements of the array, counted as for Collective.bytes.
       width: Bytes of an element; half a byte for int4.
-      looped: Whether a layout with looped collectives runs this collective as a ring.
     """
     axes = tuple(a for a in axes if self.mesh[a] > 1)
     if not axes:
       return []
-    directions = self.layout.ring_directions if looped else 0
-    return [Collective(name, kind, axes, self.size(axes), math.ceil(count * width), directions)]
+    return [Collective(name, kind, axes, self.size(axes), math.ceil(count * width))]
 
-  def activations(
-    self, name: str, kind: str, axes: Axes, count: int, looped: bool = False
-  ) -> list[Collective]:
+  def activations(self, name: str, kind: str, axes: Axes, count: int) -> list[Collective]:
     """Return the collective of `count` activation elements, in a list; see `collective`."""
-    return self.collective(name, kind, axes, count, self.activation, looped)
+    return self.collective(name, kind, axes, count, self.activation)
 
   def size(self, axes: Axes) -> int:
     """Return the number of devices along the axes."""

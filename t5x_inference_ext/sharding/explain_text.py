@@ -16,7 +16,7 @@ from t5x_inference_ext.sharding.explain import (
 )
 from t5x_inference_ext.sharding.layout import Axes, Layout, num_shards, shape_text
 from t5x_inference_ext.sharding.mesh import AXES, mesh_links
-from t5x_inference_ext.sharding.torus import BROKEN, RING
+from t5x_inference_ext.sharding.torus import BROKEN
 from t5x_inference_ext.text_format import binary_bytes
 
 # Logical axis -> the letter of the dimension (config.py).
@@ -134,8 +134,7 @@ def _phase_title(phase: ExplainedPhase) -> str:
       f'to {gathered}'
     )
   stream = ''.join(map(_split, 'BTE', phase.sharding.residual))
-  rings = ('', ', looped one way', ', looped both ways')[layout.ring_directions]
-  return f'{phase.name}: {layout} ({weights}, activations {stream}{rings})'
+  return f'{phase.name}: {layout} ({weights}, activations {stream})'
 
 
 def _attention(phase: ExplainedPhase, s: ExplainSetting) -> str:
@@ -190,9 +189,7 @@ def _remarks(e: Explanation) -> Iterator[str]:
         f'{phase.name}: attention splits neither rows nor heads nor positions over '
         f'{"".join(repeated)}; {num_shards(repeated, s.mesh)} devices along it do the same work'
       )
-    if phase.gathered and p.layout.ring_directions:
-      yield f'{phase.name}: gathered weights travel shard by shard; no whole matrix is held'
-    elif phase.gathered:
+    if phase.gathered:
       yield (
         f'{phase.name}: weights are gathered matrix by matrix, the largest '
         f'{binary_bytes(phase.gathered)} on each device; one is in use and one in flight'
@@ -213,17 +210,11 @@ def _remarks(e: Explanation) -> Iterator[str]:
 
 def _link_remarks(e: Explanation, mesh: Mesh | None) -> Iterator[str]:
   """Yield remarks on slow links between neighbours of the mesh."""
-  looped = any(phase.sharding.layout.ring_directions for phase in e.phases)
   for axis, link in ((mesh_links(mesh) if mesh is not None else None) or {}).items():
     if link == BROKEN:
       yield (
         f'some neighbours along {axis} are more than one link apart: '
         'another mesh shape may be faster'
-      )
-    elif link != RING and looped:
-      yield (
-        f'{axis} is a chain, not a ring: data that looped collectives send from its last device to '
-        'the first crosses the whole chain'
       )
 
 

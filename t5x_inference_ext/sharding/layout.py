@@ -46,21 +46,17 @@ FEEDFORWARD: dict[str, Axes] = {
   'wg_xyz': ORDER,
 }
 ATTENTION = ('batch', 'heads')
-# Layout.collectives -> number of directions of the ring in looped collective matmuls (section 3.5).
-# 0: no ring, but one collective before or after the matmul.
-RING_DIRECTIONS = {'plain': 0, 'one_way': 1, 'two_way': 2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A feedforward layout and an attention layout, e.g. 'ws_2d/batch' or 'wg_xyz/batch/two_way'.
+  """A feedforward layout and an attention layout, e.g. 'ws_2d/batch'.
 
   Attributes:
     feedforward: 'ws_1d' or 'ws_2d': weights stay, activations move. 'wg_x', 'wg_xy' or 'wg_xyz':
       weights are stored as in ws_2d and gathered over these axes.
     attention: How queries, keys, values and the KV cache are split. 'heads': by heads. 'batch': by
       rows over as many axes as the rows can fill, and by heads over the other axes.
-    collectives: 'plain', or looped around a ring: 'one_way' or 'two_way'.
 
   Raises:
     MeshError: A part is unknown, or the feedforward layout leaves no axis for attention's heads.
@@ -68,14 +64,9 @@ class Layout:
 
   feedforward: str = 'ws_2d'
   attention: str = 'batch'
-  collectives: str = 'plain'
 
   def __post_init__(self) -> None:
-    for value, known in (
-      (self.feedforward, tuple(FEEDFORWARD)),
-      (self.attention, ATTENTION),
-      (self.collectives, tuple(RING_DIRECTIONS)),
-    ):
+    for value, known in ((self.feedforward, tuple(FEEDFORWARD)), (self.attention, ATTENTION)):
       if value not in known:
         raise MeshError(f'unknown layout part {value!r}; known: {", ".join(known)}')
     if self.attention == 'heads' and not self.embed_axes + self.hidden_axes:
@@ -91,21 +82,12 @@ class Layout:
     Raises:
       MeshError: The text names no layout. The message says why.
     """
-    if not isinstance(text, str) or text.count('/') not in (1, 2):
-      raise MeshError(
-        'a layout is written feedforward/attention, e.g. ws_2d/batch, or with its collectives, '
-        f'e.g. ws_2d/batch/two_way, got {text!r}'
-      )
+    if not isinstance(text, str) or text.count('/') != 1:
+      raise MeshError(f'a layout is written feedforward/attention, e.g. ws_2d/batch, got {text!r}')
     return _parse(text)
 
   def __str__(self) -> str:
-    collectives = '' if self.collectives == 'plain' else f'/{self.collectives}'
-    return f'{self.feedforward}/{self.attention}{collectives}'
-
-  @property
-  def ring_directions(self) -> int:
-    """Number of directions that looped collectives send in: 1 or 2; 0 for plain collectives."""
-    return RING_DIRECTIONS[self.collectives]
+    return f'{self.feedforward}/{self.attention}'
 
   # Stored weights.
 
@@ -167,7 +149,7 @@ class Layout:
 
 @functools.lru_cache(maxsize=256)
 def _parse(text: str) -> Layout:
-  """Return the layout 'feedforward/attention/collectives', cached by text."""
+  """Return the layout 'feedforward/attention', cached by text."""
   return Layout(*text.split('/'))
 
 

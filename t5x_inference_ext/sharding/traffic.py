@@ -236,15 +236,12 @@ def _into_columns(p: Pass, part: BlockPart, whole: bool = False) -> list[Collect
   """
   layout, features = p.layout, _features(p)
   gathered = layout.gathered_axes
-  # With gathered weights, only the weights' collectives are looped.
   axes = () if whole else layout.hidden_axes
-  collectives = p.activations('input', 'all_gather', axes, p.tokens * features, looped=not gathered)
-  if p.config.has_two_norms(part) and collectives and collectives[0].directions:
-    collectives *= 2  # one ring for each norm; without rings, one gather serves both norms
+  collectives = p.activations('input', 'all_gather', axes, p.tokens * features)
   weight = p.weight_width(part, 'w_in')
   for name, width in p.columns(part).items():
     collectives += p.collective(
-      f'weights: {name}', 'all_gather', gathered, features * width, weight, looped=True
+      f'weights: {name}', 'all_gather', gathered, features * width, weight
     )
     if weight <= 1:
       scales = tuple(a for a in layout.stored_hidden if a in gathered)
@@ -266,11 +263,9 @@ def _out_of_columns(p: Pass, part: BlockPart, whole: bool = False) -> list[Colle
   for name, width in p.rows(part).items():
     what = f'weights: {name.replace("_", " ")}'
     weight = p.weight_width(part, 'w_out')
-    collectives += p.collective(what, 'all_gather', gathered, width * features, weight, looped=True)
+    collectives += p.collective(what, 'all_gather', gathered, width * features, weight)
   kind = 'all_reduce' if whole else 'reduce_scatter'
-  return collectives + p.activations(
-    'output', kind, layout.hidden_axes, p.tokens * features, looped=not gathered
-  )
+  return collectives + p.activations('output', kind, layout.hidden_axes, p.tokens * features)
 
 
 def _features(p: Pass) -> int:

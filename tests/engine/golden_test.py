@@ -25,9 +25,9 @@ from tests import memory
 ENGINES = [
   ('1x1x1', 'ws_2d/batch', 'ws_2d/batch'),
   ('2x1x1', 'wg_x/batch', 'ws_2d/heads'),
-  ('1x2x2', 'ws_1d/heads', 'ws_1d/batch/two_way'),
+  ('1x2x2', 'ws_1d/heads', 'ws_1d/batch'),
   ('2x2x2', 'wg_xyz/batch', 'ws_2d/batch'),
-  ('1x2x4', 'ws_2d/batch/one_way', 'wg_xy/heads'),
+  ('1x2x4', 'ws_2d/batch', 'wg_xy/heads'),
 ]
 
 LAYOUTS_2D = [

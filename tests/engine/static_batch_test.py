@@ -82,7 +82,7 @@ def test_greedy_as_a_sampler():
   'mesh, prefill, decode',
   [
     ('2x2x2', 'ws_2d/batch', 'ws_2d/batch'),
-    ('1x2x4', 'wg_xy/heads', 'ws_2d/batch/two_way'),
+    ('1x2x4', 'wg_xy/heads', 'ws_2d/batch'),
     ('2x2x2', 'ws_1d/batch', 'ws_1d/heads'),
   ],
 )

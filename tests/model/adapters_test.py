@@ -30,7 +30,7 @@ empty_cache = memory.quick_jit(chunks.empty_cache, static_argnames=('model', 'ro
 
 GOLDEN = (
   *(('1x1x1', 'ws_2d/batch'), ('2x2x2', 'ws_2d/heads'), ('2x2x2', 'wg_xy/batch')),
-  ('2x2x2', 'ws_1d/batch/two_way'),
+  ('2x2x2', 'ws_1d/batch'),
 )
 
 
@@ -171,7 +171,7 @@ def load(case: Case) -> Engine:
 
 
 def cases() -> list[Case]:
-  """Every layout in both phases; models, meshes, int8, rings and forms take turns."""
+  """Every layout in both phases; models, meshes, int8 and forms take turns."""
   out, models = [], list(MODELS)
   for i, layout in enumerate(LAYOUTS):
     rows = 8 if layout.startswith('wg') else (8, 4, 5, 16)[i % 4]
@@ -179,7 +179,7 @@ def cases() -> list[Case]:
     out.append(Case(model, layout, layout, rows, prompt_size=4 + i % 3, stacked=i % 2 == 0))
     weights = ('int8', 'float32')[i % 2]
     model = models[(i + 3) % len(models)]
-    out.append(Case(model, f'{layout}/two_way', f'{layout}/one_way', 8, weights=weights))
+    out.append(Case(model, layout, layout, 8, weights=weights))
     model = models[(i + 5) % len(models)]
     out.append(Case(model, layout, layout, 8, ('8x1x1', '1x2x4')[i % 2], 5, weights='int8'))
   for i, (prefill, decode) in enumerate(
@@ -190,7 +190,7 @@ def cases() -> list[Case]:
     )
   ):
     out.append(Case('two-norms', prefill, decode, 8, stacked=i % 2 == 0))
-  out.append(Case('two-norms', 'ws_2d/batch/two_way', 'ws_2d/heads/one_way', 8, weights='int8'))
+  out.append(Case('two-norms', 'ws_2d/batch', 'ws_2d/heads', 8, weights='int8'))
   out.append(Case('multiquery-parallel', 'ws_2d/batch', 'ws_2d/batch', 1))
   out.append(Case('multiquery-parallel', 'ws_2d/batch', 'ws_2d/batch', 4, '1x1x1', stacked=False))
   return out

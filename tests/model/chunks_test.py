@@ -54,8 +54,8 @@ CASES = [
   ('grouped-serial', 'wg_xyz/batch', 'wg_xy/batch', 8, '2x2x2'),
   ('multihead-serial', 'wg_xy/heads', 'wg_x/batch', 4, '2x2x2'),
   ('multiquery-parallel', 'wg_x/batch', 'wg_xy/heads', 4, '2x2x2'),
-  ('grouped-parallel', 'wg_xy/batch/two_way', 'wg_xyz/batch/one_way', 8, '2x2x2'),
-  ('multihead-parallel', 'wg_x/heads/one_way', 'ws_2d/batch/two_way', 1, '8x1x1'),
+  ('grouped-parallel', 'wg_xy/batch', 'wg_xyz/batch', 8, '2x2x2'),
+  ('multihead-parallel', 'wg_x/heads', 'ws_2d/batch', 1, '8x1x1'),
   ('multiquery-serial', 'ws_2d/batch', 'ws_2d/heads', 3, '1x1x1'),
 ]
 CASES = [(*case, None) for case in CASES] + [(*CASES[i], 'int8') for i in (1, 2, 5)]

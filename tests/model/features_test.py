@@ -227,8 +227,7 @@ def cases() -> list[Case]:
         weights = ('float32', 'int8')[(i + j) // 4 % 2]
         out.append(Case(model, layout, layout, rows, 4 + i % 3, (i + j) % 3 > 0, weights))
   out += [
-    Case('neox', 'ws_2d/batch/two_way', 'ws_2d/heads/one_way', 8),
-    Case('command', 'wg_xyz/batch/two_way', 'ws_2d/batch/two_way', 8, weights='int8'),
+    Case('command', 'wg_xyz/batch', 'ws_2d/batch', 8, weights='int8'),
     Case('olmo', 'wg_xyz/batch', 'ws_2d/batch', 1, 9),
     Case('gemma', 'wg_xy/batch', 'ws_2d/heads', 1, 5, stacked=False),
     Case('neox', 'ws_2d/batch', 'wg_xyz/batch', 16, weights='int8'),

@@ -34,8 +34,8 @@ MODELS = {
 CASES = {
   16: [
     ('palm', '2x2x4', 'wg_xyz/batch', 'ws_2d/batch', 16, 48),
-    ('megatron', '4x2x2', 'wg_xy/heads', 'ws_2d/heads/two_way', 3, 48),
-    ('grouped', '4x4x1', 'ws_1d/batch/one_way', 'ws_1d/heads', 4, 48),
+    ('megatron', '4x2x2', 'wg_xy/heads', 'ws_2d/heads', 3, 48),
+    ('grouped', '4x4x1', 'ws_1d/batch', 'ws_1d/heads', 4, 48),
   ],
   64: [
     ('palm', '4x4x4', 'ws_1d/heads', 'ws_1d/batch', 2, 64),

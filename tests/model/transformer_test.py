@@ -71,7 +71,7 @@ def test_prefill_and_decode_equal_the_full_forward(mesh, rows, stacked):
   [
     ('2x2x2', 2, False, 'ws_2d/batch'),
     ('1x4x1', 1, False, 'ws_2d/heads'),
-    ('4x2x1', 4, True, 'ws_2d/batch/two_way'),
+    ('4x2x1', 4, True, 'ws_2d/batch'),
     ('2x2x2', 8, True, 'ws_1d/batch'),
     ('2x2x2', 1, True, 'wg_xyz/batch'),
     ('2x2x2', 2, False, 'wg_xy/heads'),

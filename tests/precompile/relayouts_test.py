@@ -67,11 +67,6 @@ def test_no_program_of_slot_refill_does(phase, layout):
   assert not _relaid('int8', phase, layout)
 
 
-@pytest.mark.parametrize('collectives', ['one_way', 'two_way'])
-def test_no_looped_decode_step_does(collectives):
-  assert not _relaid('int8', 'decode', f'ws_2d/batch/{collectives}')
-
-
 @pytest.mark.parametrize(
   'phase, layout',
   [('decode', 'ws_1d/heads'), ('decode', 'ws_2d/batch'), ('prefill', 'ws_2d/batch')],

@@ -74,9 +74,8 @@ def test_every_axis_splits_one_thing_and_divides_it(layout, mesh, batch, length,
   assert rows[: len(p.rows)] == p.rows and positions[: len(p.positions)] == p.positions
   assert features[: len(layout.embed_axes)] == layout.embed_axes
   assert batch % size(rows, mesh) == 0 and length % size(positions, mesh) == 0
-  # Features are split over hidden axes where tokens don't divide, or where a ring cuts the
-  # product's sum.
-  if size(features, mesh) > size(layout.embed_axes, mesh) and not layout.ring_directions:
+  # Features are split over hidden axes where tokens don't divide.
+  if size(features, mesh) > size(layout.embed_axes, mesh):
     assert batch % size(p.rows + layout.hidden_axes, mesh) and length % size(
       p.positions + layout.hidden_axes, mesh
     )
@@ -284,8 +283,6 @@ def test_padded_batch_of_small_meshes(layout, mesh, batch, padded):
     ('ws_1d/batch', 2, 1, ('', '', ''), {'parallel': None, 'attention': None, 'mlp': None}),
     ('wg_x/batch', 2, 1, ('x', '', 'zy'), {'parallel': None, 'attention': None, 'mlp': None}),
     ('ws_2d/heads', 8, 8, ('zy', '', 'x'), {'parallel': None, 'attention': None, 'mlp': 0}),
-    # Rings split features, whose sums they make.
-    ('ws_2d/batch/two_way', 8, 8, ('', '', 'xzy'), {'parallel': 0, 'attention': 0, 'mlp': 0}),
     # No axis is left to sum over.
     ('wg_x/batch', 8, 8, ('xzy', '', ''), {'parallel': None, 'attention': None, 'mlp': None}),
   ],

@@ -14,7 +14,6 @@ from t5x_inference_ext.sharding.layout import (
   ATTENTION,
   FEEDFORWARD,
   ORDER,
-  RING_DIRECTIONS,
   Layout,
   check_model,
   check_pair,
@@ -27,35 +26,24 @@ meshes = st.fixed_dictionaries({axis: st.integers(1, 8) for axis in AXES})
 
 LAYOUTS = [
   Layout(*parts)
-  for parts in itertools.product(FEEDFORWARD, ATTENTION, RING_DIRECTIONS)
-  if parts[:2] != ('wg_xyz', 'heads')
+  for parts in itertools.product(FEEDFORWARD, ATTENTION)
+  if parts != ('wg_xyz', 'heads')
 ]
 
 
 def test_layouts_by_name():
-  assert Layout.parse('ws_2d/batch') == Layout() == Layout('ws_2d', 'batch', 'plain')
-  assert str(Layout.parse('ws_2d/batch/plain')) == 'ws_2d/batch'
-  assert Layout.parse('wg_xy/heads/two_way') == Layout('wg_xy', 'heads', 'two_way')
-  assert len(LAYOUTS) == 9 * 3
+  assert Layout.parse('ws_2d/batch') == Layout() == Layout('ws_2d', 'batch')
+  assert len(LAYOUTS) == 9
   for layout in LAYOUTS:
     assert Layout.parse(str(layout)) == layout
   assert len(set(map(str, LAYOUTS))) == len(LAYOUTS)
-  assert [Layout(collectives=c).ring_directions for c in ('plain', 'one_way', 'two_way')] == [
-    0,
-    1,
-    2,
-  ]
 
 
 @pytest.mark.parametrize(
   'text, says',
   [
-    (
-      'ws_2d',
-      'a layout is written feedforward/attention, e.g. ws_2d/batch, or with its collectives, e.g. '
-      "ws_2d/batch/two_way, got 'ws_2d'",
-    ),
-    ('ws_2d/batch/plain/plain', 'a layout is written feedforward/attention'),
+    ('ws_2d', "a layout is written feedforward/attention, e.g. ws_2d/batch, got 'ws_2d'"),
+    ('ws_2d/batch/two_way', 'a layout is written feedforward/attention'),
     (None, 'a layout is written feedforward/attention'),
     ('', 'a layout is written feedforward/attention'),
     ('ws_9d/batch', "unknown layout part 'ws_9d'; known: ws_1d, ws_2d, wg_x, wg_xy, wg_xyz"),
@@ -63,13 +51,11 @@ def test_layouts_by_name():
     ('batch/ws_2d', "unknown layout part 'batch'"),
     ('ws_2d/sequence', "unknown layout part 'sequence'; known: batch, heads"),
     ('ws_2d/', "unknown layout part ''; known: batch, heads"),
-    ('ws_2d/batch/three_way', "unknown layout part 'three_way'; known: plain, one_way, two_way"),
     (
       'wg_xyz/heads',
       'wg_xyz/heads makes no sense: wg_xyz splits rows over every axis, which leaves none to split '
       'heads over; use wg_xyz/batch',
     ),
-    ('wg_xyz/heads/two_way', 'wg_xyz/heads makes no sense'),
   ],
 )
 def test_what_is_no_layout_is_refused_with_the_reason(text, says):

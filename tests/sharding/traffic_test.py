@@ -90,10 +90,10 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 
 def by_kind(moves: list[Collective]) -> dict[str, float]:
-  """Bytes moved by the HLO's kinds: a looped collective is a ring of collective-permutes."""
+  """Bytes moved by the HLO's kinds."""
   totals = collections.defaultdict(float)
   for move in moves:
-    totals['collective-permute' if move.directions else move.kind.replace('_', '-')] += move.moved
+    totals[move.kind.replace('_', '-')] += move.moved
   return dict(totals)
 
 
@@ -360,31 +360,24 @@ LAYERS = [
       ('two norms', 'ws_2d/batch', 8, 1, False),
       ('two norms', 'ws_2d/heads', 8, 8, False),
       ('two norms', 'wg_xy/batch', 4, 8, True),
-      ('two norms', 'ws_2d/batch/two_way', 8, 1, False),
       ('norms after', 'ws_2d/batch', 1, 8, False),
       ('norms after', 'ws_2d/heads', 8, 8, False),
       ('norms around', 'ws_2d/heads', 8, 1, False),
       ('norms around', 'wg_x/heads', 8, 8, False),
     )
   ],
-  ('multiquery', 'ws_1d/batch/two_way', '2x2x2', 8, 1, False),
-  ('multiquery', 'ws_2d/batch/one_way', '2x2x2', 8, 1, False),
-  ('multihead', 'ws_2d/batch/two_way', '2x2x2', 8, 8, True),
-  ('multihead', 'wg_xy/batch/one_way', '2x2x2', 8, 8, True),
-  ('multiquery', 'wg_xyz/batch/two_way', '2x2x2', 8, 8, True),
 ]
 
 
 def collective_counts(moves: list[Collective]) -> collections.Counter:
-  """Instructions by the HLO's kinds; a ring of two directions has two in each step.
+  """Instructions by the HLO's kinds.
 
   Of a gather or reduce-scatter over all of three axes there are two (model/collectives/ops.py).
   """
   counts = collections.Counter()
   for move in moves:
-    kind = 'collective-permute' if move.directions else move.kind.replace('_', '-')
     in_two = move.kind in ('all_gather', 'reduce_scatter') and len(move.axes) == 3
-    counts[kind] += move.steps * move.directions or 1 + in_two
+    counts[move.kind.replace('_', '-')] += 1 + in_two
   return counts
 
 
@@ -536,26 +529,6 @@ def test_figure_3_changes_layout_where_the_paper_does(before, after, tokens):
   for layouts, at in (((before, after), tokens - step), ((after, before), tokens + step)):
     cheapest = sorted(FIGURE_3_LAYOUTS, key=lambda name: figure_3_bytes(name, at))  # pylint: disable=cell-var-from-loop
     assert tuple(cheapest[:2]) == layouts
-
-
-def test_what_loops_is_said_in_steps():
-  plain_collectives, looped = (
-    traffic.feedforward_collectives(
-      FIGURE_3_MODEL, Layout.parse(f'ws_2d/batch{collectives}'), mesh_sizes('4x4x4'), 2048, 2, 2
-    )
-    for collectives in ('', '/two_way')
-  )
-  assert [m.steps for m in plain_collectives] == [0, 0, 0, 0]
-  # Beside matmuls over y and z; not the activation's over x.
-  assert [(m.name, m.steps) for m in looped] == [
-    ('input', 15),
-    ('linear', 0),
-    ('mlp', 0),
-    ('output', 15),
-  ]
-  assert [m.moved for m in looped] == [m.moved for m in plain_collectives]
-  for move in looped:
-    assert move.steps * move.bytes / move.shards == (move.moved if move.directions else 0)
 
 
 @pytest.mark.parametrize('name', MODELS)

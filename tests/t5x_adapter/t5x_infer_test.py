@@ -26,7 +26,7 @@ def test_predictions_equal_the_stock_models(mesh, palm_tiny, stock_rows, tmp_pat
     ('ws_2d/heads', 'ws_2d/batch'),
     ('wg_xyz/batch', 'ws_2d/batch'),
     ('ws_1d/heads', 'ws_1d/batch'),
-    ('ws_2d/batch/two_way', 'wg_x/heads'),
+    ('ws_2d/batch', 'wg_x/heads'),
   ],
   ids=' then '.join,
 )
