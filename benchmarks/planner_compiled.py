@@ -25,6 +25,7 @@ from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import parse_mesh
 
 CONTEXT = 2048  # positions of a decode step's cache
+DECODE = Layout('ws_2d', 'batch')  # of the steps that take a prefill's cache
 
 
 class CompiledCase(NamedTuple):
@@ -107,6 +108,7 @@ def compare(case: CompiledCase, layers: int) -> str:
       case.length,
       context,
       case.weights,
+      decode_layout=DECODE if prefill else None,
     ),
     'compiled',
   )
@@ -121,6 +123,7 @@ def compare(case: CompiledCase, layers: int) -> str:
     mesh=case.mesh,
     scan_layers=False,
     prompt=case.length if prefill else None,
+    other_layout=str(DECODE) if prefill else None,
   )
   what = f'{case.model}, {case.machine}, {case.mesh}'
   work = f'{case.phase} of {case.batch}' + (f' x {case.length}' if prefill else '')

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from t5x_inference_ext.model.cache import KVCache, LayersKV, with_heads
+from t5x_inference_ext.model.cache import KVCache, LayersKV
 from t5x_inference_ext.model.pages import UNUSED, AnyCache, PagedCache, SharedPages, check_page_size
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
@@ -126,8 +126,8 @@ def abstract_cache(model: Model, cache: AnyCache, weights: Weights) -> AnyCache:
 def with_layout_of(model: Model, cache: KVCache, weights: Weights, to: Model) -> KVCache:
   """Convert a cache from the decode layout of `model` to that of `to`."""
   rows = cache.lengths.shape[0]
-  held, wanted = (m.cache_sharding(rows).heads.cached() for m in (model, to))
-  keys, values = jax.tree.map(lambda x: with_heads(x, held, wanted), (cache.keys, cache.values))
+  held, wanted = (m.cache_sharding(rows) for m in (model, to))
+  keys, values = to.reshard_kv((cache.keys, cache.values), cache.size, held, wanted)
   return constrain_cache(to, KVCache(keys, values, cache.lengths), weights)
 
 

@@ -11,7 +11,8 @@ from jaxtyping import Array, Int
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.model.cache import KeysValues, KVCache, with_heads
+from t5x_inference_ext.model.cache import KeysValues, KVCache
+from t5x_inference_ext.model.cache_reshard import reshard_local
 from t5x_inference_ext.model.kernel_attention import check_attention
 from t5x_inference_ext.model.pages import PagedCache, SharedPages
 from t5x_inference_ext.model.weights import LayerWeights, Weights, build_weights
@@ -19,6 +20,7 @@ from t5x_inference_ext.quantization.kv import KV
 from t5x_inference_ext.sharding import activations
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.adapter_packing import adapter_spec
+from t5x_inference_ext.sharding.cache_moves import cache_moves
 from t5x_inference_ext.sharding.layout import Axes, Layout, check_pair
 from t5x_inference_ext.sharding.packing import packed_tensors
 
@@ -192,29 +194,27 @@ class ShardedModel:
 
     return jax.tree.map(constrain, self.cache_spec(sharding, weights, cache), cache)
 
-  def kv_to_decode(
-    self, kv: KeysValues, length: int, prefill: ActivationSharding, decode: ActivationSharding
+  def reshard_kv(
+    self, kv: KeysValues, length: int, held: ActivationSharding, wanted: ActivationSharding
   ) -> KeysValues:
-    """Reshard a prefill's keys and values for decode, and drop the padding after `length`.
+    """Bring keys and values from one sharding to another, and drop positions from `length` on.
 
     Args:
-      kv: Pytree of arrays [.., B, K, T, Q] in the prefill layout.
+      kv: Pytree of arrays [.., B, K, T, Q] in the cache sharding of `held`.
       length: Positions to keep.
-      prefill: Sharding of the prefill.
-      decode: Sharding of the decode steps that follow.
+      held: Sharding of the pass that made them, such as a prefill.
+      wanted: Sharding of the passes that follow, such as decode steps.
     """
-    held, wanted = prefill.heads.cached(), decode.heads.cached()
-
-    def constrain(x: jax.Array, heads: Any) -> jax.Array:
-      rows, _, positions, features = decode.cache
-      spec = P(*(None,) * (x.ndim - 4), rows, heads, positions, features)
-      return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+    moves = cache_moves(held, wanted, self.mesh.shape)
 
     def reshard(x: jax.Array) -> jax.Array:
-      x = x[..., :length, :]
-      # XLA takes heads from a split dimension by an all-reduce of the whole cache over all devices.
-      # Rows are split first, so that each device has all heads of its rows to take from.
-      x = constrain(x, None) if held != wanted else x
-      return constrain(with_heads(x, held, wanted), decode.cache[1])
+      lead = (None,) * (x.ndim - 4)
+      return jax.shard_map(
+        lambda x: reshard_local(x[..., :length, :], moves),
+        mesh=self.mesh,
+        in_specs=P(*lead, *held.cache),
+        out_specs=P(*lead, *wanted.cache),
+        check_vma=False,
+      )(x)
 
     return jax.tree.map(reshard, kv)

@@ -70,7 +70,7 @@ class Model(CachedPasses):
       inputs=(P(sharding.residual[0]),),
       outputs=(P(self.sampling_axes(rows)), (kv_spec, kv_spec)),
     )(weights, None, self.pad_tokens(tokens, sharding.layout), lengths)
-    kv = self.kv_to_decode(kv, length, sharding, decode)
+    kv = self.reshard_kv(kv, length, sharding, decode)
     return logits, self.constrained(kv_cache.start(*kv, lengths, size), decode, weights)
 
   def logits(self, weights: Weights, tokens: Int[Array, 'B T']) -> Float[Array, 'B T V']:

@@ -11,7 +11,7 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.network import axis_sizes
 from t5x_inference_ext.quantization.formats import SERVED_WEIGHTS, weight_format
-from t5x_inference_ext.sharding import activations, traffic
+from t5x_inference_ext.sharding import activations, cache_moves, traffic
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.collective import Collective
 from t5x_inference_ext.sharding.layout import Layout
@@ -20,6 +20,7 @@ from t5x_inference_ext.sharding.packing import PackedTensor, matrix_bytes, packe
 PASSES = ('prefill', 'decode')
 # Bytes of an element. Activations are always bfloat16, as in section 3.6 of the paper.
 CACHE_ELEMENT_BYTES = {'int8': 1, 'bfloat16': 2}
+SCALE_BYTES = 4  # an int8 cache has a float32 scale for each row, position and head
 ACTIVATION_BYTES = 2
 
 
@@ -57,6 +58,8 @@ class PassCase:
       the pass.
     weights: 'int8', 'int4' or 'bfloat16'.
     cache: 'int8' or 'bfloat16'. Dtype of keys and values.
+    decode_layout: Of a prefill, layout of the decode steps that take its cache; None: keys and
+      values stay where they are.
     least_padded: Least number of positions of each row that the pass runs. Positions beyond
       `length` are padding on the right, to which no token attends. They may let the mesh split the
       tokens.
@@ -76,6 +79,7 @@ class PassCase:
   context: int
   weights: str = 'bfloat16'
   cache: str = 'bfloat16'
+  decode_layout: Layout | None = None
   least_padded: int = 0
 
   def __post_init__(self) -> None:
@@ -157,7 +161,8 @@ class PassCase:
     # Any layout that can share weights with prefill's splits the rows in the same way, so pass this
     # one.
     return (
-      traffic.layer_collectives(*arguments, ACTIVATION_BYTES, self.weight_bytes),
+      traffic.layer_collectives(*arguments, ACTIVATION_BYTES, self.weight_bytes)
+      + self.cache_collectives,
       traffic.embedding_collectives(*arguments, ACTIVATION_BYTES)
       + traffic.logits_collectives(
         *arguments,
@@ -167,6 +172,23 @@ class PassCase:
         greedy=self.phase == 'decode',
       ),
     )
+
+  @property
+  def cache_collectives(self) -> list[Collective]:
+    """The collectives that bring a layer's keys and values into the decode layout."""
+    if self.decode_layout is None:
+      return []
+    sizes = axis_sizes(self.mesh)
+    decode = activations.shard_activations(self.decode_layout, self.config, sizes, self.batch, 1)
+    return cache_moves.cache_collectives(
+      self.sharding, decode, sizes, self.batch, self.length, self.cached_head_bytes
+    )
+
+  @property
+  def cached_head_bytes(self) -> int:
+    """Bytes of one position of a key head, or of a value head, in the cache."""
+    scale = SCALE_BYTES if self.cache == 'int8' else 0
+    return self.config.d_head * CACHE_ELEMENT_BYTES[self.cache] + scale
 
   def size(self, axes: Iterable[str]) -> int:
     """Return the number of chips along some mesh axes."""

@@ -21,6 +21,7 @@ from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.network import Network
 from t5x_inference_ext.planner.work import PassWork, work
 from t5x_inference_ext.sharding.collective import Collective
+from t5x_inference_ext.sharding.layout import Layout
 
 # Part of the time -> the resource that limits it.
 LIMITS = {
@@ -131,6 +132,20 @@ class PassCost:
     limits = self.limits
     return max(limits, key=lambda name: limits[name])
 
+  def into(self, decode: Layout) -> 'PassCost':
+    """Return the cost of this prefill if its keys and values go on to a decode layout."""
+    case = dataclasses.replace(self.case, decode_layout=decode)
+    if not case.cache_collectives:
+      return self
+    network = Network(case.machine, case.mesh, self.convention)
+    moves = _timed(case.cache_collectives, case.config.num_layers, network)
+    seconds = sum(move.seconds for move in moves)
+    whole = self.whole | {'activations moved': self.whole['activations moved'] + seconds}
+    ideal = self.at(IDEAL)
+    return dataclasses.replace(
+      ideal, case=case, collectives=ideal.collectives + moves, whole=whole
+    ).at(self.efficiency)
+
   def at(self, efficiency: Efficiency) -> 'PassCost':
     """Return the cost of this pass at other shares of the chip's peak rates."""
     loads = _load_seconds(self.work, self.case, self.convention)
@@ -232,8 +247,12 @@ def cost(
 
 def _collectives(case: PassCase, network: Network) -> tuple[CollectiveTime, ...]:
   """Return the collectives of the layers, then those of the lookup and the logits."""
-  return tuple(
-    CollectiveTime(collective, count, count * network.seconds(collective))
-    for run, count in zip(case.collectives, (case.config.num_layers, 1))
-    for collective in run
-  )
+  layer, others = case.collectives
+  return _timed(layer, case.config.num_layers, network) + _timed(others, 1, network)
+
+
+def _timed(
+  collectives: list[Collective], count: int, network: Network
+) -> tuple[CollectiveTime, ...]:
+  """Return collectives that run `count` times each, with their times."""
+  return tuple(CollectiveTime(c, count, count * network.seconds(c)) for c in collectives)

@@ -73,7 +73,7 @@ class Network:
     if collective.of_weights:
       steps = (collective.shards - 1) * (chip.hop_latency + chip.collective_latency)
       return collective.moved / chip.link_bandwidth + steps
-    if collective.kind == 'all_to_all':
+    if collective.kind in ('all_to_all', 'permute'):
       return self._at_once(collective) + chip.collective_latency
     each_byte, latency = _axis_by_axis(self, collective.axes)
     return passes * (collective.bytes * each_byte + latency)

@@ -47,7 +47,7 @@ def plans(request: PlanRequest, machine: Machine) -> list[Plan]:
       prefills = phase_costs(request, machine, mesh, 'prefill', rows)
       decodes = phase_costs(request, machine, mesh, 'decode', rows)
       found += [
-        Plan(request, p, d)
+        Plan(request, p.into(d.case.layout) if request.phase == 'both' else p, d)
         for p, d in itertools.product(prefills, decodes)
         if share_weights(p.case, d.case)
       ]

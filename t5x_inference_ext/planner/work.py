@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from t5x_inference_ext.planner.case import CACHE_ELEMENT_BYTES, PassCase
+from t5x_inference_ext.planner.case import PassCase
 from t5x_inference_ext.quantization.formats import bits_of, stored_size
 from t5x_inference_ext.sharding.packing import PackedTensor, tensor_dtype
 
@@ -14,7 +14,6 @@ from t5x_inference_ext.sharding.packing import PackedTensor, tensor_dtype
 # embeddings read and write each bfloat16 element once: 101 us a layer of that prefill.
 _PASSES_BYTES = 16
 _ELEMENT_BYTES = 4
-_SCALE_BYTES = 4  # an int8 cache has a float32 scale for each row, position and head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +117,5 @@ def cache_bytes(case: PassCase, positions: int) -> float:
     positions: Number of positions of each row to count.
   """
   c, p = case.config, case.sharding
-  scale = _SCALE_BYTES if case.cache == 'int8' else 0
-  head_bytes = c.d_head * CACHE_ELEMENT_BYTES[case.cache] + scale
   row_layers = 2 * c.num_layers * case.batch / case.size(p.attention_rows)
-  return row_layers * positions * p.heads.kv_heads * head_bytes
+  return row_layers * positions * p.heads.kv_heads * case.cached_head_bytes

@@ -22,7 +22,8 @@ class Collective:
 
   Attributes:
     name: The array that moves: 'input', 'weights: gate', 'scales: gate', 'query', 'output', ...
-    kind: 'all_gather', 'reduce_scatter', 'all_reduce' or 'all_to_all'.
+    kind: 'all_gather', 'reduce_scatter', 'all_reduce', 'all_to_all', or 'permute': each device
+      sends its array to another one.
     axes: The mesh axes that it runs over, without axes of size 1.
     shards: K, the number of devices along these axes.
     bytes: Bytes on one device of the larger of input and output: the output of an all-gather, the
@@ -42,11 +43,13 @@ class Collective:
 
   @property
   def moved(self) -> float:
-    """Bytes that a device sends: bytes * (K-1)/K, or twice that in an all-reduce.
+    """Bytes that a device sends: bytes * (K-1)/K, twice that in an all-reduce; all in a permute.
 
     An all-reduce is a reduce-scatter and an all-gather. The paper gives no formula for an
     all-to-all: each device keeps 1/K of its array and sends the rest, which also gives (K-1)/K.
     """
+    if self.kind == 'permute':
+      return self.bytes
     return self.bytes * (self.shards - 1) / self.shards * (2 if self.kind == 'all_reduce' else 1)
 
 

@@ -115,7 +115,7 @@ def bytes_through_a_link(collective: Collective, found: Sequence[LinkPath]) -> f
 
   The latency of hops is not included.
   """
-  if collective.kind == 'all_to_all':
+  if collective.kind in ('all_to_all', 'permute'):  # of a permute, at most
     return max(path.exchange for path in found) * collective.bytes
   return collective.moved / sum(path.links for path in found)
 

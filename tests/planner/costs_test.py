@@ -429,3 +429,28 @@ def test_worse_efficiencies_never_save_time(each, convention, name):
     dataclasses.replace(found.efficiency, **{name: getattr(found.efficiency, name) / 2})
   )
   assert slower.seconds >= found.seconds
+
+
+def test_a_prefill_whose_cache_goes_to_another_layout_also_pays_for_that():
+  grouped = dataclasses.replace(SMALL, num_kv_heads=4)
+  alone = case(grouped, phase='prefill', layout='ws_2d/heads', length=16)
+  for convention in CONVENTIONS:
+    for efficiency in (None, IDEAL, Efficiency(0.5, 0.5, 0.5)):
+      found = cost(alone, convention, efficiency).into(Layout('ws_2d', 'batch'))
+      whole = dataclasses.replace(alone, decode_layout=Layout('ws_2d', 'batch'))
+      wanted = cost(whole, convention, efficiency)
+      assert found.case == whole
+      assert found.parts == pytest.approx(wanted.parts) and found.whole == pytest.approx(
+        wanted.whole
+      )
+      assert sum(c.seconds for c in found.collectives) == pytest.approx(
+        sum(c.seconds for c in wanted.collectives)
+      )
+  # 8 rows of 16 positions, 8 key heads with copies on 8 chips, keys and values, in 2 bytes.
+  moves = [c for c in found.collectives if c.collective.name == 'cache']
+  assert [(c.collective.kind, c.collective.bytes, c.count) for c in moves] == [
+    ('all_to_all', 2 * 8 * 16 * 32 * 2, 2)
+  ]
+  # The rows are split alike: nothing moves.
+  batch = cost(dataclasses.replace(alone, layout=Layout('ws_2d', 'batch')))
+  assert batch.into(Layout('ws_2d', 'batch')) is batch
