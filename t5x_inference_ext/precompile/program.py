@@ -157,7 +157,7 @@ def abstract_weights(model: Model, weights: str, stacked: bool = True) -> Weight
   Raises:
     MeshError: The mesh does not divide the model.
   """
-  scaled = weight_format(weights).quantized
+  scaled = weight_format(weights).scaled
   tensors = packed_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), scaled)
   layers = model.config.num_layers
 

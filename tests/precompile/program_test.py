@@ -144,12 +144,13 @@ def test_the_other_phase_gets_a_layout_that_shares_the_weights():
 # Programs: the shapes are those that real weights and caches have.
 
 
-@pytest.mark.parametrize('weights', ['int8', 'bfloat16'])
+@pytest.mark.parametrize('weights', ['int8,embedding:8', 'bfloat16'])
 @pytest.mark.parametrize('stacked', [True, False])
 def test_abstract_weights_are_what_loading_makes(palm_tiny, tmp_path, weights, stacked):
   from t5x_inference_ext.checkpoints import convert, load, open_checkpoint
 
-  convert.convert(palm_tiny, tmp_path / 'serving', weights)
+  name, _, bits = weights.partition(',')
+  convert.convert(palm_tiny, tmp_path / 'serving', name, bits=bits)
   checkpoint = open_checkpoint(tmp_path / 'serving')
   model = Model(checkpoint.config, make_mesh((2, 2, 2)))
   real = load.load_weights(checkpoint, model, stacked=stacked)
