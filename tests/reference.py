@@ -29,13 +29,13 @@ def quantized(
 ) -> dict[str, np.ndarray]:
   """Return the model nearest to `tensors` in 'int8' or 'int4': matrices and their scales.
 
-  'int4,NAME:8,...' has some matrices or tables in int8.
+  'int4,NAME:8,...' has some matrices or tables in int8, 'float32,NAME:8' some tables alone.
   """
   bits, *exceptions = weights.removeprefix('int').split(',')
   wider = {each.removesuffix(':8') for each in exceptions}
   groups = {}
   for name, p in params.parameters(config).items():
-    if p.scale and name not in params.TABLES:
+    if bits in '84' and p.scale and name not in params.TABLES:
       groups.setdefault(p.scale, []).append(name)
   out = dict(tensors)
   for name in wider & set(params.TABLES):
