@@ -14,14 +14,14 @@ from t5x_inference_ext import params
 # the options, v4 and v5p run all-gathers and all-to-alls synchronously (docs/tpu_v4_tuning.md has
 # the times). By default v5e and v6e run all-gathers asynchronously. v5e does not support
 # asynchronous all-to-alls.
-_ASYNCHRONOUS: dict[str, str | bool | int] = {
+_ASYNCHRONOUS: dict[str, str | bool] = {
   'xla_enable_async_all_gather': True,
   'xla_tpu_enable_async_all_to_all': True,
 }
 # XLA:TPU keeps one weight in on-chip memory from a program's beginning on. If it is an int8 head,
 # which may fit just so, it leaves the layers' weights no room to be prefetched: a decode step of
 # PaLM 540B then takes a tenth more than with a bfloat16 head, in place of less.
-_NO_WEIGHT_IS_KEPT: dict[str, str | bool | int] = {'xla_max_cross_program_prefetches': 0}
+_NO_WEIGHT_IS_KEPT: dict[str, str | bool] = {'xla_max_cross_program_prefetches': '0'}
 _OF_KIND = {'TPU v4': _ASYNCHRONOUS, 'TPU v5': _ASYNCHRONOUS, 'TPU v5p': _ASYNCHRONOUS}
 
 
@@ -38,7 +38,7 @@ def overlaps_collectives(device: jax.Device) -> bool:
 
 def compiler_options(
   device: jax.Device, scaled: Collection[str] = ()
-) -> dict[str, str | bool | int] | None:
+) -> dict[str, str | bool] | None:
   """Return the options for programs on a kind of device; None: the compiler's defaults.
 
   Args:

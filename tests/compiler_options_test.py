@@ -51,7 +51,7 @@ def test_no_weight_stays_on_the_chip_beside_a_quantized_table():
     options[kind] = {
       name: value for name, value in (table or {}).items() if not plain or name not in plain
     }
-  added = {'xla_max_cross_program_prefetches': 0}
+  added = {'xla_max_cross_program_prefetches': '0'}
   assert options == {'TPU v4': added, 'TPU v6 lite': added, 'NVIDIA H200': {}}
 
 

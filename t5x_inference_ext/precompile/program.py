@@ -73,7 +73,7 @@ def _dumped_text(case: CompileCase, mesh: Mesh) -> str | None:
   """
   function, arguments = phase_function(case, mesh)
   with tempfile.TemporaryDirectory() as directory:
-    dump: dict[str, str | bool | int] = {'xla_dump_to': directory, 'xla_dump_hlo_as_text': True}
+    dump: dict[str, str | bool] = {'xla_dump_to': directory, 'xla_dump_hlo_as_text': True}
     options = (_options(case, mesh) or {}) | dump
     function.lower(*arguments).compile(compiler_options=options)
     texts = list(pathlib.Path(directory).glob('*.after_codegen.txt'))
@@ -102,7 +102,7 @@ def compile_case(case: CompileCase, mesh: Mesh, available: int | None = None) ->
   return Program(case, mesh, compiled, arguments, memory, seconds)
 
 
-def _options(case: CompileCase, mesh: Mesh) -> dict[str, str | bool | int] | None:
+def _options(case: CompileCase, mesh: Mesh) -> dict[str, str | bool] | None:
   return compiler_options(mesh.devices.flat[0], weight_format(case.weights).scaled)
 
 
