@@ -3,13 +3,13 @@
   python -m benchmarks.weight_quality                       palm_tiny, the bundled checkpoint
   python -m benchmarks.weight_quality --model=SmolLM2-135M-Instruct.Q4_1.gguf
 
-Activations are float32 and the embedding is as the source has it. palm_tiny is measured on rows 32
-to 63 of tests/testdata/golden/heldout_tokens.npy, other models on the texts of text_quality. GPTQ
-is calibrated on rows 0 to 31 of the file; for other models, on --rows rows of 512 tokens, half of
-them from Python's language reference, half from its library. A GGUF file's weights, quantized
-themselves, stand for float32. Q4_0 is the gguf package's quantizer: blocks of 32 inputs of a
-channel, each with its own float16 scale, 4.5 bits a weight, for the layers' matrices alone. The
-last column is the size of the layers' matrices and their scales beside float32.
+Activations are float32, and the embedding is bfloat16 unless the format says otherwise. palm_tiny
+is measured on rows 32 to 63 of tests/testdata/golden/heldout_tokens.npy, other models on the texts
+of text_quality. GPTQ is calibrated on rows 0 to 31 of the file; for other models, on --rows rows of
+512 tokens, half of them from Python's language reference, half from its library. A GGUF file's
+weights, quantized themselves, stand for float32. Q4_0 is the gguf package's quantizer: blocks of 32
+inputs of a channel, each with its own float16 scale, 4.5 bits a weight, for the layers' matrices
+alone. The last column is the size of the layers' matrices and their scales beside float32.
 """
 
 import argparse
@@ -41,6 +41,7 @@ CALIBRATED = slice(0, 32)
 # Name -> options of the conversion. `calibrated` stands for the calibration text.
 CONVERTED = {
   'int8': dict(weights='int8'),
+  'int8, embedding:8': dict(weights='int8', bits='embedding:8'),
   'int4, GPTQ': dict(weights='int4', calibrated=True),
   'int4, GPTQ, mlp_output:8': dict(weights='int4', bits='mlp_output:8', calibrated=True),
   'int4, rounded': dict(weights='int4'),

@@ -6,6 +6,7 @@ of other checkpoints convert to them, and weight packing (sharding/packing.py) c
 shards. Layouts and T5X's rules give the mesh axes that split each logical axis.
 """
 
+from collections.abc import Collection
 import dataclasses
 
 from t5x_inference_ext.config import BlockPart, ModelConfig
@@ -22,9 +23,14 @@ BUCKETS_AXIS = 'buckets'  # distances of T5's relative bias
 
 # Norms outside the layers.
 OUTSIDE_NORMS = ('embedding_norm', 'final_norm')
+# Tables with a row for each token. They are quantized only if a format names them, to int8.
+TABLES = ('embedding', 'head')
+# Stands for all matrices of the layers, beside names of tables: a format quantizes all or none.
+MATRICES = 'matrices'
 # All tensors outside the layers.
 OUTSIDE_LAYERS = (
   *('embedding', 'position_embedding', 'relative_bias', 'head', 'head_bias'),
+  *(f'{name}{INT8_SUFFIX}' for name in TABLES),
   *OUTSIDE_NORMS,
   *(f'{name}_bias' for name in OUTSIDE_NORMS),
 )
@@ -37,10 +43,10 @@ class Parameter:
   Attributes:
     shape: The dimensions, such as [L, E, H*Q].
     kind: 'matrix' (int8 in an int8 checkpoint), 'norm' or 'bias' (always float32), 'embedding'
-      (never quantized; also an untied head) or 'scale' (float32, one per output channel of an int8
-      matrix).
+      (a table of tokens or positions; also an untied head) or 'scale' (float32, one per output
+      channel of an int8 matrix or table).
     axes: The logical axis of each dimension.
-    scale: For a matrix, the name of its scale tensor in an int8 checkpoint; else None.
+    scale: Name of the tensor's scales where it is quantized; None if it never is.
   """
 
   shape: tuple[int, ...]
@@ -63,7 +69,8 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
     return {name: Parameter((c.num_layers, rows, c.d_model), 'matrix', axes, scale)}
 
   def table(name: str, rows: int) -> dict[str, Parameter]:
-    return {name: Parameter((rows, c.d_model), 'embedding', (VOCAB_AXIS, EMBED_AXIS))}
+    scale = name + INT8_SUFFIX if name in TABLES else None
+    return {name: Parameter((rows, c.d_model), 'embedding', (VOCAB_AXIS, EMBED_AXIS), scale)}
 
   def vector(name: str, kind: str, size: int) -> dict[str, Parameter]:
     return {name: Parameter((c.num_layers, size), kind, (LAYERS_AXIS, FEATURES_AXIS))}
@@ -114,13 +121,23 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
   return tensors
 
 
-def scales(config: ModelConfig) -> dict[str, Parameter]:
-  """Return the scale tensors [L, out] of an int8 model's matrices, by name."""
+def scales(config: ModelConfig, scaled: Collection[str] = (MATRICES,)) -> dict[str, Parameter]:
+  """Return the scale tensors of a model's quantized weights, by name.
+
+  There is one scale for each output channel: [L, out] for a matrix, whose channels are columns of
+  an input matrix or features of an output matrix; [V] for a table, whose channels are its rows.
+
+  Args:
+    config: The model.
+    scaled: The quantized weights (WeightFormat.scaled): MATRICES, names of TABLES.
+  """
   found = {}
-  for p in parameters(config).values():
-    if p.scale is not None:
-      # One scale for each output channel: columns of an input matrix, or features of an output
-      # matrix.
+  for name, p in parameters(config).items():
+    if p.scale is None or (name if name in TABLES else MATRICES) not in scaled:
+      continue
+    if name in TABLES:
+      found[p.scale] = Parameter(p.shape[:1], 'scale', p.axes[:1])
+    else:
       axes = (LAYERS_AXIS, HIDDEN_AXIS if p.axes[-1] == HIDDEN_AXIS else FEATURES_AXIS)
       found[p.scale] = Parameter((p.shape[0], p.shape[2]), 'scale', axes)
   return found

@@ -14,6 +14,7 @@ from t5x_inference_ext.precompile import program as precompiled
 from t5x_inference_ext.precompile import slices
 from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.precompile.program import abstract_weights, compile_case
+from t5x_inference_ext.quantization.formats import weight_format
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import make_mesh
 from t5x_inference_ext.sharding.torus import parse_slice
@@ -38,6 +39,20 @@ def test_options_are_of_the_kind_of_device():
     for kind in ('TPU v4', 'TPU v5 lite', 'TPU v5', 'TPU v6 lite', 'NVIDIA H200')
   }
   assert [kind for kind, given in options.items() if given] == ['TPU v4', 'TPU v5']
+
+
+def test_no_weight_stays_on_the_chip_beside_a_quantized_table():
+  options = {}
+  for kind in ('TPU v4', 'TPU v6 lite', 'NVIDIA H200'):
+    device = types.SimpleNamespace(device_kind=kind)
+    plain = module.compiler_options(device, weight_format('int8').scaled)
+    assert plain == module.compiler_options(device)
+    table = module.compiler_options(device, weight_format('int8,embedding:8').scaled)
+    options[kind] = {
+      name: value for name, value in (table or {}).items() if not plain or name not in plain
+    }
+  added = {'xla_max_cross_program_prefetches': '0'}
+  assert options == {'TPU v4': added, 'TPU v6 lite': added, 'NVIDIA H200': {}}
 
 
 def test_programs_of_the_engine_take_the_options(unknown_option):
@@ -65,7 +80,7 @@ def test_the_options_make_collectives_asynchronous(monkeypatch, name, starts):
   case = CompileCase(SMALL, 'int8', 'decode', 8, 128, Layout.parse('ws_2d/batch'))
   mesh = slices.slice_mesh(slice_, SMALL, (2, 2, 1))
   with_options = compile_case(case, mesh).text
-  monkeypatch.setattr(precompiled, 'compiler_options', lambda device: None)
+  monkeypatch.setattr(precompiled, 'compiler_options', lambda device, scaled: None)
   without = compile_case(case, mesh).text
   for start in starts:
     assert start in with_options and start not in without

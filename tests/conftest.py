@@ -75,7 +75,7 @@ def quick_programs():
   from tests import memory
 
   compiled = [p for p in vars(programs).values() if isinstance(p, programs.Program)]
-  with mock.patch.object(programs, 'compiler_options', lambda _: memory.QUICK_OPTIONS):
+  with mock.patch.object(programs, 'compiler_options', lambda *_: memory.QUICK_OPTIONS):
     for program in compiled:
       program.jitted.clear()
     yield

@@ -29,15 +29,18 @@ def quantized(
 ) -> dict[str, np.ndarray]:
   """Return the model nearest to `tensors` in 'int8' or 'int4': matrices and their scales.
 
-  'int4,NAME:8,...' has some matrices in int8.
+  'int4,NAME:8,...' has some matrices or tables in int8, 'float32,NAME:8' some tables alone.
   """
   bits, *exceptions = weights.removeprefix('int').split(',')
   wider = {each.removesuffix(':8') for each in exceptions}
   groups = {}
   for name, p in params.parameters(config).items():
-    if p.scale:
+    if bits in '84' and p.scale and name not in params.TABLES:
       groups.setdefault(p.scale, []).append(name)
   out = dict(tensors)
+  for name in wider & set(params.TABLES):
+    out[f'{name}_scale'] = np.abs(tensors[name]).max(axis=1) / 127  # [V]
+    out[name] = np.round(tensors[name] / out[f'{name}_scale'][:, None]).astype(np.int8)
   for scale, names in groups.items():
     is_int8 = bits == '8' or wider >= set(names)
     largest = np.max([np.abs(tensors[n]).max(axis=1) for n in names], axis=0)  # [L, out]
@@ -52,8 +55,9 @@ def dequantized(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str
   """Return the float32 model that an int8 model stands for."""
   out = {n: tensors[n] for n in params.parameters(config)}
   for name, p in params.parameters(config).items():
-    if p.scale:
-      out[name] = tensors[name].astype(np.float32) * tensors[p.scale][:, None, :]
+    if p.scale in tensors:
+      scale = np.expand_dims(tensors[p.scale], 1)  # [L, 1, out], or [V, 1]
+      out[name] = tensors[name].astype(np.float32) * scale
   return out
 
 
@@ -296,6 +300,6 @@ class MemoryCheckpoint:
     wider = [
       f'{name}:8'
       for name, tensor in sorted(self.tensors.items())
-      if usual.name == 'int4' and tensor.array.dtype == np.int8
+      if tensor.array.dtype == np.int8 and (usual.name == 'int4' or name in params.TABLES)
     ]
     return ','.join([usual.name, *wider])

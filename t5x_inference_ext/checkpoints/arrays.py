@@ -192,10 +192,12 @@ class SourceArray:
   Attributes:
     tensor: The array, as stored.
     arrangement: The positions of canonical tensors in the array.
+    by_row: Whether the array is a table whose rows are taken as layers (`by_row`).
   """
 
   tensor: Tensor
   arrangement: KernelLayout
+  by_row: bool = False
 
   @property
   def chunk(self) -> tuple[int, ...]:
@@ -262,6 +264,17 @@ class CanonicalTensor(Tensor):
         'quantized weights are divided by them: export the quantized checkpoint again'
       )
     return values.reshape([end - begin for begin, end in bounds])
+
+
+def by_row(array: SourceArray) -> SourceArray:
+  """Return a table [V, E] as V layers of a matrix [E, 1]: each row is an output channel.
+
+  The channels of a matrix [L, in, out] are columns, and those of a table its rows. This view lets
+  one algorithm find the scales of both.
+  """
+  (part,), (rows, features) = array.arrangement.parts, array.tensor.shape
+  part = dataclasses.replace(part, start=0, width=features)
+  return SourceArray(array.tensor, KernelLayout(rows, 0, (features,), (), (part,), 0), by_row=True)
 
 
 def whole_array(tensor: Tensor, name: str, layer_axis: int | None) -> SourceArray:

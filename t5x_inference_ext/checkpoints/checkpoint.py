@@ -42,10 +42,10 @@ class Checkpoint:
     format: 't5x' (T5X's legacy format), 'orbax', 'serving', 'safetensors' or 'gguf'.
     step: Training step, or None if not recorded.
     config: The model.
-    weights: Dtype of the matrices: 'float32', 'bfloat16' or 'int8'.
-    tensors: Canonical tensors by name: exactly params.parameters(config), and with int8
-      params.scales(config) too.
-    arrays: The stored arrays that hold the canonical tensors, except the scales of int8 weights.
+    weights: Format of the weights (quantization.formats), such as 'float32' or 'int8'.
+    tensors: Canonical tensors by name: exactly params.parameters(config), and params.scales of the
+      quantized ones.
+    arrays: The stored arrays that hold the canonical tensors, except scales.
     form: The arrangement of parameters in a T5X tree (flaxformer.ParsedModel.form); None if not
       recorded.
     notes: Lines for commands to print: properties that were found or assumed.

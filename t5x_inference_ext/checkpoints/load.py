@@ -62,7 +62,7 @@ def load_weights(
     MeshError: The mesh does not divide the model.
     CheckpointError: A tensor can't be read, or holds NaN or infinite values.
   """
-  scaled = weight_format(checkpoint.weights).quantized
+  scaled = weight_format(checkpoint.weights).scaled
   tensors = packed_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), scaled)
   num_layers = model.config.num_layers
   stacked = scans_layers(num_layers, stacked, model.mesh.devices.flat[0].platform)

@@ -57,16 +57,17 @@ def serving_tensors(config: ModelConfig, weights: str) -> Listed:
 
   Args:
     config: The model.
-    weights: Format of the matrices (quantization.formats).
+    weights: Format of the weights (quantization.formats).
   """
-  dtypes = {'embedding': 'bfloat16', 'norm': 'float32', 'bias': 'float32', 'scale': 'float32'}
-  tensors, matrices = params.parameters(config), weight_format(weights)
-  if matrices.quantized:
-    tensors = {**tensors, **params.scales(config)}
-  return {
-    name: (p.shape, matrices.dtype(name).name if p.kind == 'matrix' else dtypes[p.kind])
-    for name, p in tensors.items()
-  }
+  found = weight_format(weights)
+  tensors = {**params.parameters(config), **params.scales(config, found.scaled)}
+
+  def dtype(name: str, p: params.Parameter) -> str:
+    if p.scale is not None:
+      return found.dtype(name).name
+    return 'bfloat16' if p.kind == 'embedding' else 'float32'
+
+  return {name: (p.shape, dtype(name, p)) for name, p in tensors.items()}
 
 
 def is_layered(name: str) -> bool:

@@ -1,9 +1,10 @@
-"""Views of lazy tensors: transposed, with rows in another order, scaled, constant."""
+"""Views of lazy tensors: transposed, with rows in another order, scaled, rounded, constant."""
 
 import numpy as np
 import numpy.typing as npt
 
 from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
+from t5x_inference_ext.quantization import rounding
 
 
 class Transposed(Tensor):
@@ -83,6 +84,26 @@ class Affine(Tensor):
     values += self._offset
     values *= self._factor
     return values
+
+
+class RoundedTable(Tensor):
+  """The float32 values that a table [V, E] stands for after a conversion quantizes its rows."""
+
+  def __init__(self, source: Tensor, dtype: np.dtype, search: bool) -> None:
+    """Wrap a table.
+
+    Args:
+      source: The float table.
+      dtype: The quantized dtype.
+      search: Whether the conversion searches scales for the least squared error.
+    """
+    super().__init__(source.shape, np.float32, source.path)
+    self._source, self._rounding = source, (dtype, search)
+
+  def _read(self, bounds: Bounds) -> np.ndarray:
+    rows, columns = (slice(*b) for b in bounds)
+    channels = self._source.read((rows, slice(None)))[..., None]  # each row is a layer [E, 1]
+    return rounding.rounded_weights(channels, *self._rounding)[:, columns, 0]
 
 
 class Constant(Tensor):

@@ -56,7 +56,6 @@ from t5x_inference_ext.commands import cli, option_flags
 from t5x_inference_ext.config import PRESETS, preset
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.planner.service_options import ServiceOptions
-from t5x_inference_ext.quantization.formats import SERVED_WEIGHTS
 
 _DTYPES = ('int8', 'bfloat16')
 # (kind, name, default, help text, choices)
@@ -86,7 +85,13 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
   ),
   ('integer', 'input_length', 1920, 'Tokens of each prompt.'),
   ('integer', 'output_length', 64, 'Tokens to generate for each prompt, one decode step each.'),
-  ('enum', 'weights', 'int8', 'Dtype of the weights.', SERVED_WEIGHTS),
+  (
+    'string',
+    'weights',
+    'int8',
+    'Dtype of the weights: int8, int4 or bfloat16, or the whole format of a checkpoint with other '
+    'bits for some tensors, such as int4,mlp_output:8 or int8,embedding:8.',
+  ),
   ('enum', 'cache', 'bfloat16', 'Dtype of keys and values.', _DTYPES),
   (
     'enum',

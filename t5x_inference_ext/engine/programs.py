@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from t5x_inference_ext import params
 from t5x_inference_ext.compiler_options import compiler_options
 from t5x_inference_ext.engine import prefix_store, prompts, slot_steps, slots, static_batch
 from t5x_inference_ext.engine import speculative_steps as speculative_steps_module
@@ -40,38 +41,39 @@ class Program:
   """A jitted function of a model that computes in the stated dtypes.
 
   Attributes:
-    jitted: Kind of device -> the function as jax.jit returned it, with the options for that kind
-      (compiler_options.py). A kind is added at its first use.
+    jitted: Kind of device and quantized tables -> the function as jax.jit returned it, with the
+      options for these (compiler_options.py). An entry is added at its first use.
   """
 
   def __init__(self, function: Callable, **jit: Any) -> None:
     """Take `function(model, ...)`, and arguments of jax.jit."""
-    self.jitted: dict[str, Any] = {}
+    self.jitted: dict[tuple[str, frozenset[str]], Any] = {}
     self._function, self._jit = function, jit
 
   def __call__(self, model: Model, *arguments: Any, **options: Any) -> Any:
     """Run the function."""
     with stated_dtypes():
-      return self._jitted_for(model)(model, *arguments, **options)
+      return self._jitted_for(model, arguments)(model, *arguments, **options)
 
   def lower(self, model: Model, *arguments: Any, **options: Any) -> jax.stages.Lowered:
     """Lower the function, as the jitted function's own method does."""
     with stated_dtypes():
-      return self._jitted_for(model).lower(model, *arguments, **options)
+      return self._jitted_for(model, arguments).lower(model, *arguments, **options)
 
   @property
   def compiled(self) -> int:
     """Number of programs that were compiled, for any kind of device."""
     return sum(jitted._cache_size() for jitted in self.jitted.values())
 
-  def _jitted_for(self, model: Model) -> Any:
+  def _jitted_for(self, model: Model, arguments: tuple[Any, ...]) -> Any:
     device = model.mesh.devices.flat[0]
-    if device.device_kind not in self.jitted:
-      options = compiler_options(device)
-      self.jitted[device.device_kind] = jax.jit(
-        self._function, compiler_options=options, **self._jit
-      )
-    return self.jitted[device.device_kind]
+    weights = (a.scaled for a in arguments if isinstance(a, Weights))
+    tables = next(weights, frozenset[str]()) & set(params.TABLES)
+    key = device.device_kind, tables
+    if key not in self.jitted:
+      options = compiler_options(device, tables)
+      self.jitted[key] = jax.jit(self._function, compiler_options=options, **self._jit)
+    return self.jitted[key]
 
 
 def _compiled(

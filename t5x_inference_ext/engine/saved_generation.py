@@ -89,7 +89,7 @@ def describe_run(
   return {
     'phase': 'generate',
     'model': config.to_dict(),
-    'weights': weights if weight_format(weights).quantized else dtype,
+    'weights': weight_format(weights).on_devices(dtype),
     'prefill_layout': prefill,
     'decode_layout': decode,
     'dtype': dtype,

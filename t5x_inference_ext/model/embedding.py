@@ -4,7 +4,10 @@ Both tables keep the split of the stored weights: rows over the hidden axes, col
 axis. So no weights move.
 """
 
+import functools
 import math
+import operator
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -20,7 +23,7 @@ from t5x_inference_ext.model.shardings import ShardedModel
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.sharding.activations import ActivationSharding
-from t5x_inference_ext.sharding.layout import Axes
+from t5x_inference_ext.sharding.layout import Axes, Layout
 
 
 def embed(
@@ -45,16 +48,15 @@ def embed(
     model: Gives the config and the dtype.
     sharding: Sharding of the pass's activations.
   """
-  lookups = [(weights.embedding.astype(model.dtype), tokens)]
+  lookups = [_Lookup(weights.embedding, tokens, weights.embedding_scale)]
   if weights.position_embedding is not None:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if start is not None:
       positions += ops.all_gather(start, sharding.attention_rows, 0)[:, None]
-    lookups.append((weights.position_embedding.astype(model.dtype), positions))
+    lookups.append(_Lookup(weights.position_embedding, positions))
   if weights.soft_prompts is not None:
-    table = weights.soft_prompts.astype(model.dtype)
-    lookups.append((table, tokens - model.config.vocab_size))
-  x = _lookups(lookups, model.config.num_positions, sharding)
+    lookups.append(_Lookup(weights.soft_prompts, tokens - model.config.vocab_size))
+  x = _lookups(lookups, model, sharding)
   if weights.embedding_norm is None:
     return x
   features = sharding.residual[2]
@@ -69,51 +71,52 @@ def local_norm(
   return ops.local_slice(scale, axes, 0), None if bias is None else ops.local_slice(bias, axes, 0)
 
 
-def _lookups(
-  lookups: list[tuple[jax.Array, jax.Array]],
-  num_positions: int | None,
-  sharding: ActivationSharding,
-) -> Float[Array, 'b t e']:
-  """Return the sum of lookups; each is a pair of ids [B, T] and this shard's table [v, e_stored].
+class _Lookup(NamedTuple):
+  """Ids [B, T] to look up in this shard's table [v, e_stored], which may have scales [v]."""
 
-  The second lookup, if any, is that of learned positions; num_positions is their number.
-  """
+  table: jax.Array
+  ids: jax.Array
+  scale: jax.Array | None = None
+
+  def rows(self, layout: Layout, dtype: str) -> jax.Array:
+    """Return [B, T, e_stored], in which ids of other shards, or of none, are zeros."""
+    count = self.table.shape[0]
+    local = self.ids - ops.shard_index(layout.stored_hidden) * count
+    here, local = (local >= 0) & (local < count), jnp.clip(local, 0, count - 1)
+    found = jnp.take(self.table, local, axis=0)
+    if self.scale is not None:
+      found = found.astype(jnp.float32) * jnp.take(self.scale, local)[..., None]
+    return jnp.where(here[..., None], found.astype(dtype), jnp.zeros((), dtype))
+
+
+def _lookups(
+  lookups: list[_Lookup], model: ShardedModel, sharding: ActivationSharding
+) -> Float[Array, 'b t e']:
+  """Return the sum of lookups. The second, if any, is that of learned positions."""
   # Every device looks up all tokens, also those that only other devices keep. If only rows are
   # split, the lookup processes a part of the positions at a time, so that it never needs more
   # memory than the residual stream.
-  tables, ids = zip(*lookups)
-  batch, length = ids[0].shape
+  batch, length = lookups[0].ids.shape
   rows, positions, _ = map(ops.axis_size, sharding.residual)
   split_rows = rows if sharding.layout.gathered_axes else 1
   parts = 1 if positions > 1 else math.gcd(length, split_rows)
   if parts == 1:
-    return _look_up(tables, ids, num_positions, sharding)
+    return _look_up(lookups, model, sharding)
   x = lax.map(
-    lambda part: _look_up(tables, part, num_positions, sharding),
-    tuple(jnp.moveaxis(i.reshape(batch, parts, -1), 1, 0) for i in ids),
+    lambda ids: _look_up([w._replace(ids=i) for w, i in zip(lookups, ids)], model, sharding),
+    tuple(jnp.moveaxis(w.ids.reshape(batch, parts, -1), 1, 0) for w in lookups),
   )  # [parts, b, T/parts, e]
   return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], length, x.shape[-1])
 
 
 def _look_up(
-  tables: tuple[jax.Array, ...],
-  ids: tuple[jax.Array, ...],
-  num_positions: int | None,
-  sharding: ActivationSharding,
+  lookups: list[_Lookup], model: ShardedModel, sharding: ActivationSharding
 ) -> jax.Array:
   layout = sharding.layout
-  x: jax.Array | None = None
-  for table, wanted in zip(tables, ids):
-    rows = table.shape[0]
-    local = wanted - ops.shard_index(layout.stored_hidden) * rows
-    here = (local >= 0) & (local < rows)
-    found = jnp.take(table, jnp.clip(local, 0, rows - 1), axis=0)
-    # [B, T, e_stored], partial sums over the hidden axes.
-    found = jnp.where(here[..., None], found, jnp.zeros((), found.dtype))
-    x = found if x is None else x + found
-  assert x is not None, 'tokens are looked up'
-  if num_positions is not None:
-    x = jnp.where((ids[1] < num_positions)[..., None], x, jnp.nan)
+  # [B, T, e_stored], partial sums over the hidden axes.
+  x = functools.reduce(operator.add, (w.rows(layout, model.dtype) for w in lookups))
+  if model.config.num_positions is not None:
+    x = jnp.where((lookups[1].ids < model.config.num_positions)[..., None], x, jnp.nan)
   for dim, axes in enumerate(sharding.residual):
     if dim < 2:
       x = ops.all_to_all(x, tuple(a for a in axes if a in layout.stored_embed), dim, 2)
@@ -209,15 +212,16 @@ def _head_products(
   row_axes, _, features = sharding.residual
   scale, bias = local_norm(weights.final_norm, weights.final_norm_bias, features)
   x = norm(x, scale, bias, config, features)
-  table = weights.embedding if weights.head is None else weights.head
-  table = table.astype(model.dtype)  # [v, e_stored]
+  table, scales = weights.embedding, weights.embedding_scale  # [v, e_stored], [v]
+  if weights.head is not None:
+    table, scales = weights.head, weights.head_scale
   x = ops.all_gather(ops.all_gather(x, row_axes, 0), position_axes, 1)
   # Gather all tokens, with features split as in the table: [B, T, e_stored].
   x = ops.all_gather(x, tuple(a for a in features if a in layout.stored_hidden), 2)
   gathered = tuple(a for a in layout.stored_embed if a in layout.gathered_axes)
   x = ops.local_slice(x, gathered, 2)
   # [B, T, v], partial sums over the embed axis.
-  products = int8.matmul(x, table, dtype=jnp.float32, transposed=True)
+  products = int8.matmul(x, table, scales, dtype=jnp.float32, transposed=True)
   sampling_axes = model.sampling_axes(rows)
   embed_rows = tuple(a for a in layout.stored_embed if a in sampling_axes)
   products = ops.reduce_scatter(products, embed_rows, 0)

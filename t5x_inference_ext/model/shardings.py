@@ -129,7 +129,7 @@ class ShardedModel:
 
   def weight_specs(self, weights: Weights) -> Weights:
     """Return PartitionSpecs for weights in the form of `weights` (stacked or not, with scales?)."""
-    tensors = packed_tensors(self.config, self.prefill_layout, self.mesh.shape, weights.quantized)
+    tensors = packed_tensors(self.config, self.prefill_layout, self.mesh.shape, weights.scaled)
 
     def spec(name: str, layers: slice | int | None) -> P:
       return P(*(None,) * isinstance(layers, slice), *tensors[name].spec)

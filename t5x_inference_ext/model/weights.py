@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from t5x_inference_ext import params
 from t5x_inference_ext.sharding.packing import PackedTensor
 
 # A tensor to make: its name, and 0 for a tensor outside the layers, else 1 + the layer's index (1
@@ -60,7 +61,7 @@ class Weights:
   """Weights of a whole model.
 
   Attributes:
-    embedding: [V, E] in the compute dtype, with V padded to the mesh.
+    embedding: [V, E] in the compute dtype, or int8, with V padded to the mesh.
     final_norm: [E] float32.
     layers: A tuple of layers (the program unrolls them), or one layer whose arrays have a leading L
       (the program loops over layers; best for deep models).
@@ -69,9 +70,11 @@ class Weights:
     head_bias: [V] float32, or None. Added to the scaled logits.
     embedding_norm: [E] float32, or None. Scale of a norm after the embedding.
     embedding_norm_bias: [E] float32, or None. Bias of that norm.
-    position_embedding: [P, E] like the embedding, or None. Added to it.
+    position_embedding: [P, E] in the compute dtype, or None. Added to the embedding.
     relative_bias: [H, buckets] float32, or None. T5's bias of attention logits by distance.
-    soft_prompts: [P, E] like the embedding, or None. Embeddings of the ids from V on: the soft
+    embedding_scale: [V] float32, or None. Scales of the rows of an int8 embedding.
+    head_scale: [V] float32, or None. Scales of the rows of an int8 head.
+    soft_prompts: [P, E] in the compute dtype, or None. Embeddings of the ids from V on: the soft
       prompts of all adapters.
     adapter_rows: [B] int32, or None. Number of the adapter of each row of a pass; 0, or None: no
       adapter. See `for_rows`.
@@ -87,6 +90,8 @@ class Weights:
   embedding_norm_bias: jax.Array | None = None
   position_embedding: jax.Array | None = None
   relative_bias: jax.Array | None = None
+  embedding_scale: jax.Array | None = None
+  head_scale: jax.Array | None = None
   soft_prompts: jax.Array | None = None
   adapter_rows: jax.Array | None = None
 
@@ -115,6 +120,16 @@ class Weights:
     """Whether the matrices are int8 or int4, with scales."""
     layer = self.layers[0] if isinstance(self.layers, tuple) else self.layers
     return next(iter(layer.values())).in_scale is not None
+
+  @property
+  def scaled(self) -> frozenset[str]:
+    """The weights that have scales, as WeightFormat.scaled names them."""
+    present = {
+      params.MATRICES: self.quantized,
+      'embedding': self.embedding_scale is not None,
+      'head': self.head_scale is not None,
+    }
+    return frozenset(name for name, has_scales in present.items() if has_scales)
 
 
 def layer_weights(tensors: Mapping[str, Any]) -> LayerWeights:

@@ -89,7 +89,7 @@ def _other_dtype(
     field: 'weights' or 'cache'.
     words: Dtype -> words for the message, widest first.
   """
-  dtypes, asked = list(words), getattr(request, field)
+  dtypes, asked = list(words), getattr(request, field).partition(',')[0]
   for dtype in dtypes[dtypes.index(asked) + 1 :] if asked in dtypes else dtypes:
     smaller = request.replace(**{field: dtype})
     if any(_fits(smaller, machine) for machine in machines):

@@ -10,7 +10,7 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.network import axis_sizes
-from t5x_inference_ext.quantization.formats import SERVED_WEIGHTS, weight_format
+from t5x_inference_ext.quantization.formats import served_format, weight_format
 from t5x_inference_ext.sharding import activations, cache_moves, traffic
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.collective import Collective
@@ -56,7 +56,7 @@ class PassCase:
     length: T, positions of each row in the pass; 1 in decode; of 'verify', a draft's and one more.
     context: S, positions of each row that attention sees at the end of the pass, including those of
       the pass.
-    weights: 'int8', 'int4' or 'bfloat16'.
+    weights: Format of the weights, as in PlanRequest.
     cache: 'int8' or 'bfloat16'. Dtype of keys and values.
     decode_layout: Of a prefill, layout of the decode steps that take its cache; None: keys and
       values stay where they are.
@@ -83,8 +83,8 @@ class PassCase:
   least_padded: int = 0
 
   def __post_init__(self) -> None:
-    known = {'phase': (*PASSES, 'verify'), 'weights': SERVED_WEIGHTS, 'cache': CACHE_ELEMENT_BYTES}
-    check_choices(self, known)
+    object.__setattr__(self, 'weights', served_format(self.weights, self.config))
+    check_choices(self, {'phase': (*PASSES, 'verify'), 'cache': CACHE_ELEMENT_BYTES})
     check_counts(self, ('batch', 'length', 'context'))
     if self.phase == 'decode' and self.length != 1:
       raise RequestError(f'a decode step takes one position of each row, not {self.length}')
@@ -146,7 +146,12 @@ class PassCase:
   def tensors(self) -> dict[str, PackedTensor]:
     """The weights as packed on the chips, including padding and copies of heads."""
     one_dimensional = self.layout.feedforward == 'ws_1d'
-    return _packed(self.config, one_dimensional, self.mesh, weight_format(self.weights).quantized)
+    return _packed(self.config, one_dimensional, self.mesh, weight_format(self.weights).scaled)
+
+  @property
+  def head(self) -> PackedTensor:
+    """The table of the logits: the head, or the embedding if it is tied."""
+    return self.tensors['embedding' if self.config.tied_head else 'head']
 
   @property
   def weight_bytes(self) -> dict[str, float]:
@@ -201,7 +206,7 @@ class PassCase:
 
 @functools.lru_cache(maxsize=256)
 def _packed(
-  config: ModelConfig, one_dimensional: bool, mesh: Mesh, scaled: bool
+  config: ModelConfig, one_dimensional: bool, mesh: Mesh, scaled: frozenset[str]
 ) -> dict[str, PackedTensor]:
   """Return the packed weights, cached: all layouts other than ws_1d share one packing."""
   layout = Layout('ws_1d' if one_dimensional else 'ws_2d')

@@ -20,8 +20,10 @@ from t5x_inference_ext.planner.efficiency import FITTED, IDEAL, Efficiency
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.network import Network
 from t5x_inference_ext.planner.work import PassWork, work
+from t5x_inference_ext.quantization.formats import weight_format
 from t5x_inference_ext.sharding.collective import Collective
 from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.packing import tensor_dtype
 
 # Part of the time -> the resource that limits it.
 LIMITS = {
@@ -167,9 +169,10 @@ def _load_seconds(done: PassWork, case: PassCase, convention: str) -> tuple[floa
   chip = case.machine.chip
   shares = _COMPILED_READS.get(chip.name, {}) if convention == 'compiled' else {}
   layers = done.weight_bytes - done.head_bytes + done.unpacking_bytes
+  head = tensor_dtype(case.head, case.weights, 'bfloat16').name
   return (
-    layers / chip.hbm_bandwidth / shares.get(case.weights, 1.0),
-    done.head_bytes / chip.hbm_bandwidth / shares.get('bfloat16', 1.0),
+    layers / chip.hbm_bandwidth / shares.get(weight_format(case.weights).name, 1.0),
+    done.head_bytes / chip.hbm_bandwidth / shares.get(head, 1.0),
   )
 
 

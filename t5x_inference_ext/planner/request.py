@@ -16,7 +16,7 @@ from t5x_inference_ext.planner.efficiency import Efficiency
 from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.memory import PlannedMemory, memory
 from t5x_inference_ext.planner.network import CONVENTIONS
-from t5x_inference_ext.quantization.formats import SERVED_WEIGHTS
+from t5x_inference_ext.quantization.formats import served_format
 from t5x_inference_ext.sharding.layout import Layout, check_pair
 
 OBJECTIVES = ('latency', 'throughput', 'cost')
@@ -33,7 +33,8 @@ class PlanRequest:
     batch: Rows run together.
     input_length: Tokens of each prompt.
     output_length: Tokens to generate for each prompt, one decode step each.
-    weights: 'int8', 'int4' or 'bfloat16'.
+    weights: Format of the weights: 'int8', 'int4', 'bfloat16', or one with other bits for some
+      tensors (quantization.formats).
     cache: 'int8' or 'bfloat16'. Dtype of keys and values.
     convention: Convention of the network, one of network.CONVENTIONS.
     efficiency: Shares of the chip's peak rates. None: the shares fitted for the convention.
@@ -60,15 +61,10 @@ class PlanRequest:
   layouts: tuple[Layout, Layout] | None = None
 
   def __post_init__(self) -> None:
+    object.__setattr__(self, 'weights', served_format(self.weights, self.config))
     check_counts(self, ('batch', 'input_length', 'output_length'))
     check_choices(
-      self,
-      {
-        'weights': SERVED_WEIGHTS,
-        'cache': CACHE_ELEMENT_BYTES,
-        'convention': CONVENTIONS,
-        'phase': PLAN_PHASES,
-      },
+      self, {'cache': CACHE_ELEMENT_BYTES, 'convention': CONVENTIONS, 'phase': PLAN_PHASES}
     )
     if self.layouts is not None:
       check_pair(*self.layouts)

@@ -60,7 +60,7 @@ def plan(
       for a service SLOTS.
     input_length: Tokens of each prompt.
     output_length: Tokens to generate for each prompt.
-    weights: 'int8', 'int4' or 'bfloat16'.
+    weights: Format of the weights, as in PlanRequest.
     cache: 'int8' or 'bfloat16'.
     objective: One of request.OBJECTIVES; see choose.choose.
     latency_target_ms: Milliseconds from the prompts to the last token. None: no target.

@@ -55,13 +55,13 @@ def work(case: PassCase) -> PassWork:
   tokens = case.batch * case.padded
   gathered = case.size(case.layout.gathered_axes)
   matrices = sum(math.prod(t.shape) for t in case.tensors.values() if t.kind == 'matrix')
-  head = 'embedding' if c.tied_head else 'head'
-  table = case.tensors[head].shape[0] * c.d_model
+  head = case.head
+  table = head.shape[0] * c.d_model
   # Skip tables that are only looked up: few of their rows are read.
   read = sum(
     stored_bytes(case, t) * (gathered if t.kind == 'matrix' else 1)
-    for name, t in case.tensors.items()
-    if t.kind != 'embedding' or name == head
+    for t in case.tensors.values()
+    if t.kind != 'embedding' or t is head
   )
   int4_bytes = sum(
     stored_bytes(case, t) * gathered
@@ -80,7 +80,7 @@ def work(case: PassCase) -> PassWork:
     logits_rows=unembedded,
     attention_flops=4 * logits * c.d_head,
     weight_bytes=read,
-    head_bytes=stored_bytes(case, case.tensors[head]),
+    head_bytes=stored_bytes(case, head),
     unpacking_bytes=int4_bytes * (case.machine.chip.int4_load_bytes / 0.5 - 1),
     cache_bytes=cache_bytes(case, case.seen),
     softmax_bytes=_PASSES_BYTES * logits,

@@ -10,12 +10,12 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.saved_generation import GenerationShape, describe_run
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
-from t5x_inference_ext.errors import RequestError, printable
+from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.kernel_attention import ATTENTION_KINDS
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.options import check_options, option
 from t5x_inference_ext.precompile.phases import COMPILE_PHASES, CompilePhase
-from t5x_inference_ext.quantization.formats import SERVED_WEIGHTS, with_bits
+from t5x_inference_ext.quantization.formats import served_format
 from t5x_inference_ext.sharding.layout import Layout
 
 GREEDY = SamplingParams()
@@ -45,7 +45,7 @@ class CompileCase:
   config: ModelConfig
   weights: str = option(
     help='Dtype of the weights: int8, int4 or bfloat16, or the whole format of a checkpoint with '
-    'other bits for some matrices, such as int4,mlp_output:8.',
+    'other bits for some tensors, such as int4,mlp_output:8 or int8,embedding:8.',
     group=_GROUP,
   )
   phase: str = option(
@@ -99,12 +99,7 @@ class CompileCase:
 
   def __post_init__(self) -> None:
     check_options(self)
-    name, _, bits = self.weights.partition(',')
-    if name not in SERVED_WEIGHTS:
-      raise RequestError(
-        f'weights must be one of {", ".join(SERVED_WEIGHTS)}, got {printable(self.weights, 80)}'
-      )
-    object.__setattr__(self, 'weights', with_bits(name, bits, self.config))
+    object.__setattr__(self, 'weights', served_format(self.weights, self.config))
     if self.phase == 'generate':
       # BOS takes a position; the last new token takes none.
       if (self.prompt or 1) + self.max_new_tokens > self.context:

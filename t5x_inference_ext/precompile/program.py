@@ -74,7 +74,7 @@ def _dumped_text(case: CompileCase, mesh: Mesh) -> str | None:
   function, arguments = phase_function(case, mesh)
   with tempfile.TemporaryDirectory() as directory:
     dump: dict[str, str | bool] = {'xla_dump_to': directory, 'xla_dump_hlo_as_text': True}
-    options = (compiler_options(mesh.devices.flat[0]) or {}) | dump
+    options = (_options(case, mesh) or {}) | dump
     function.lower(*arguments).compile(compiler_options=options)
     texts = list(pathlib.Path(directory).glob('*.after_codegen.txt'))
     largest = max(texts, key=lambda path: path.stat().st_size, default=None)
@@ -96,11 +96,14 @@ def compile_case(case: CompileCase, mesh: Mesh, available: int | None = None) ->
   """
   function, arguments = phase_function(case, mesh)
   start = time.monotonic()
-  options = compiler_options(mesh.devices.flat[0])
-  compiled = function.lower(*arguments).compile(compiler_options=options)
+  compiled = function.lower(*arguments).compile(compiler_options=_options(case, mesh))
   seconds = time.monotonic() - start
   memory = memory_of(case.phase, arguments, compiled, available)
   return Program(case, mesh, compiled, arguments, memory, seconds)
+
+
+def _options(case: CompileCase, mesh: Mesh) -> dict[str, str | bool] | None:
+  return compiler_options(mesh.devices.flat[0], weight_format(case.weights).scaled)
 
 
 def phase_function(case: CompileCase, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
@@ -157,7 +160,7 @@ def abstract_weights(model: Model, weights: str, stacked: bool = True) -> Weight
   Raises:
     MeshError: The mesh does not divide the model.
   """
-  scaled = weight_format(weights).quantized
+  scaled = weight_format(weights).scaled
   tensors = packed_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), scaled)
   layers = model.config.num_layers
 

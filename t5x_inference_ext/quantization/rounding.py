@@ -194,6 +194,19 @@ def best_scales(
   return (scale * factors.astype(np.float32)[best]).astype(np.float32)
 
 
+def rounded_weights(
+  w: Real[np.ndarray, 'L rows out'], dtype: np.dtype, search: bool
+) -> Float32[np.ndarray, 'L rows out']:
+  """Return the weights that w stands for after rounding to `dtype`, with searched scales or not."""
+  scale = scales_of(largest(w), dtype)
+  if search:
+    scale = best_scales(scale, squared_errors(w, scale, dtype), dtype)
+  units = np.empty(w.shape, dtype)
+  for _ in rounded(w, scale, units):
+    pass
+  return dequantize(units, scale[:, None])
+
+
 def blocks(w: np.ndarray) -> Iterator[tuple[slice, slice, slice]]:
   """Yield the indices of blocks of w [L, in, out], each of about _BLOCK_ELEMENTS elements.
 

@@ -1,15 +1,18 @@
 """Check before weights are loaded that weights and KV caches of a run can fit into memory."""
 
+import math
 import os
 from typing import NamedTuple
 
 import jax
 
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import Checkpoint
 from t5x_inference_ext.errors import RequestError, printable
-from t5x_inference_ext.quantization.formats import stored_size, weight_format
+from t5x_inference_ext.quantization.formats import stored_size
 from t5x_inference_ext.runs.infer_options import InferOptions
 from t5x_inference_ext.runs.loading import OpenModel
+from t5x_inference_ext.sharding.packing import canonical_dtype
 from t5x_inference_ext.text_format import decimal_bytes
 
 _SCALE_BYTES = 4  # an int8 cache has a scale for each position and head
@@ -36,8 +39,12 @@ def held_memory(
   config, cache = checkpoint.config, options.cache or options.dtype
   head_bytes = stored_size(config.d_head, cache) + _SCALE_BYTES * (cache == 'int8')
   heads = 2 * config.num_layers * config.num_kv_heads
-  form = weight_format(checkpoint.weights)
-  weights = stored_size(config.num_params, form.dtype() if form.quantized else options.dtype)
+  weights = sum(
+    stored_size(
+      math.prod(p.shape), canonical_dtype(p.kind, [name], checkpoint.weights, options.dtype)
+    )
+    for name, p in params.parameters(config).items()
+  )
   return HeldMemory(weights, heads * head_bytes * rows * positions)
 
 

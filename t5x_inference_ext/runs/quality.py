@@ -82,7 +82,7 @@ def report(
       ('the same in bfloat16', rounded, 'bfloat16', 'int8'),
     ):
       losses[label] = loss(checkpoint, targets, dtype, cache)
-    before, after = (weight_format(c.weights).quantized for c in (original, rounded))
+    before, after = (weight_format(c.weights).scaled for c in (original, rounded))
     if after and not before:
       alone = {name: loss(c, targets) for name, c in rounded_alone(original, rounded)}
   lines = [*_table(errors, losses, count), *_table_of_tensors(losses, alone, rounded.weights)]

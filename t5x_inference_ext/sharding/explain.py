@@ -53,9 +53,9 @@ class ExplainSetting:
   cache_length: int = 1
 
   @property
-  def scaled(self) -> bool:
-    """Whether the matrices have scales."""
-    return weight_format(self.weights).quantized
+  def scaled(self) -> frozenset[str]:
+    """The weights that have scales."""
+    return weight_format(self.weights).scaled
 
   @property
   def rows(self) -> int:

@@ -6,6 +6,7 @@ import textwrap
 
 from jax.sharding import Mesh
 
+from t5x_inference_ext.quantization.formats import weight_format
 from t5x_inference_ext.sharding.columns import PackedPart
 from t5x_inference_ext.sharding.explain import (
   ExplainedPhase,
@@ -117,7 +118,7 @@ def _heading(s: ExplainSetting, mesh: Mesh | None) -> Iterator[str]:
   yield from _wrap(f'model: {s.config}')
   yield f'mesh:  {shape_text(s.mesh)}, {num_shards(AXES, s.mesh)} devices{devices}{links}'
   rounded = f' ({s.batch} rounded up for the mesh)' if s.rows != s.batch else ''
-  weights, cache = s.weights if s.scaled else s.dtype, s.cache or s.dtype
+  weights, cache = weight_format(s.weights).on_devices(s.dtype), s.cache or s.dtype
   yield from _wrap(
     f'pass:  B {s.rows}{rounded}, T {s.prompt_length} in prefill and 1 in decode, '
     f'S {s.cache_length}; {weights} weights, {s.dtype} activations, {cache} cache'

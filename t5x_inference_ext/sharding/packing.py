@@ -6,7 +6,7 @@ reshape crosses shards. This order and the padding exist only on the devices: ch
 canonical tensors. Padding is zeros. The MLP is never padded: the mesh must divide its width.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 import dataclasses
 import functools
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from t5x_inference_ext import params
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.quantization.formats import bits_of, weight_format
+from t5x_inference_ext.quantization.formats import bits_of, is_quantized, weight_format
 from t5x_inference_ext.sharding.columns import (
   PackedPart,
   input_parts,
@@ -107,19 +107,25 @@ class PackedTensor:
 
 
 def tensor_dtype(tensor: PackedTensor, weights: str, compute: str) -> np.dtype:
-  """Return the dtype of a tensor on the devices.
+  """Return the dtype of one of packed_tensors on the devices. See canonical_dtype."""
+  names = (name for part in tensor.parts for name in part.names)
+  return canonical_dtype(tensor.kind, names, weights, compute)
+
+
+def canonical_dtype(kind: str, names: Iterable[str], weights: str, compute: str) -> np.dtype:
+  """Return the dtype on the devices of a canonical tensor, or of an array of several.
 
   Args:
-    tensor: One of packed_tensors.
-    weights: Format of the checkpoint's matrices (quantization.formats). Float matrices take the
-      compute dtype. Of the matrices in one array, the one with the most bits decides.
+    kind: Kind of the tensors, as in params.Parameter.
+    names: Names of the tensors.
+    weights: Format of the checkpoint's weights (quantization.formats). Float matrices and tables
+      take the compute dtype. Of the matrices in one array, the one with the most bits decides.
     compute: The dtype of activations and float weights, 'float32' or 'bfloat16'.
   """
-  if tensor.kind == 'matrix' and (found := weight_format(weights)).quantized:
-    return found.dtype(*(name for part in tensor.parts for name in part.names))
-  if tensor.kind in ('matrix', 'embedding'):
-    return _DTYPES[compute]
-  return _DTYPES['float32']
+  if kind not in ('matrix', 'embedding'):
+    return _DTYPES['float32']
+  stored = weight_format(weights).dtype(*names)
+  return stored if is_quantized(stored) else _DTYPES[compute]
 
 
 def matrix_bytes(
@@ -140,7 +146,7 @@ def matrix_bytes(
 
 
 def packed_tensors(
-  config: ModelConfig, layout: Layout, mesh: Mapping[str, int], scaled: bool
+  config: ModelConfig, layout: Layout, mesh: Mapping[str, int], scaled: Collection[str]
 ) -> dict[str, PackedTensor]:
   """Return the arrays on the devices by name: the field names of model/weights.py's Weights.
 
@@ -151,22 +157,22 @@ def packed_tensors(
     config: The model.
     layout: The layout of either phase; it decides the shardings.
     mesh: Axis name -> size.
-    scaled: Whether the matrices have scales: int8 and int4 ones do.
+    scaled: The weights that have scales (WeightFormat.scaled).
 
   Raises:
     MeshError: The mesh does not divide the model.
   """
   sizes = tuple(mesh[a] for a in AXES)
-  return dict(_packed_tensors(config, layout, sizes, scaled))
+  return dict(_packed_tensors(config, layout, sizes, frozenset(scaled)))
 
 
 @functools.lru_cache(maxsize=256)
 def _packed_tensors(
-  config: ModelConfig, layout: Layout, sizes: tuple[int, ...], scaled: bool
+  config: ModelConfig, layout: Layout, sizes: tuple[int, ...], scaled: frozenset[str]
 ) -> dict[str, PackedTensor]:
   mesh = dict(zip(AXES, sizes, strict=True))
   check_model(config, mesh)
-  declared = {**params.parameters(config), **params.scales(config)}
+  declared = {**params.parameters(config), **params.scales(config, scaled)}
   shards = num_shards(layout.stored_hidden, mesh)
 
   def fused(parts: Iterable[PackedPart]) -> PackedTensor:
@@ -190,11 +196,19 @@ def _packed_tensors(
     names = {field: name, f'{field}_bias': params.bias_name(name)}
     return {f: vector(n) for f, n in names.items() if n in declared}
 
-  tensors = {'embedding': fused([vocabulary_part(config, shards)])}
+  def table(name: str) -> dict[str, PackedTensor]:
+    if name not in declared:
+      return {}
+    rows = vocabulary_part(config, shards, name)
+    found = {name: fused([rows])}
+    if name in scaled:
+      found[f'{name}{params.INT8_SUFFIX}'] = fused([_scales_of(rows, declared)])
+    return found
+
+  tensors = table('embedding')
   tensors |= norm('final_norm', 'final_norm')
   tensors |= norm('embedding_norm', 'embedding_norm')
-  if 'head' in declared:
-    tensors['head'] = fused([vocabulary_part(config, shards, 'head')])
+  tensors |= table('head')
   if 'position_embedding' in declared:
     tensors['position_embedding'] = fused([positions_part(config, shards)])
   tensors |= {name: vector(name) for name in ('head_bias', 'relative_bias') if name in declared}
@@ -204,7 +218,7 @@ def _packed_tensors(
     fields = {field: vector(name) for field, name in vectors.items()}
     fields['w_in'] = fused(columns)
     fields['w_out'] = fused(output_parts(config, block_part, shards))
-    if scaled:
+    if params.MATRICES in scaled:
       fields['in_scale'] = fused(_scales_of(part, declared) for part in columns)
       fields['out_scale'] = vector(params.output_scale_name(block_part))
     tensors |= {f'{block_part.name}/{field}': tensor for field, tensor in fields.items()}

@@ -47,9 +47,7 @@ def restore_train_state(
   for note in model.notes or checkpoint.notes:
     logging.info('%s', note)
   weights = checkpoint.weights
-  kinds = tuple(
-    kind if weight_format(kind).quantized else 'float' for kind in (weights, model.module.weights)
-  )
+  kinds = tuple(weight_format(kind).on_devices('float') for kind in (weights, model.module.weights))
   if kinds[0] != kinds[1]:
     raise CheckpointError(
       f'{checkpoint.path} holds {kinds[0]} weights, but the model was built for {kinds[1]}: '

@@ -14,6 +14,7 @@ from t5x_inference_ext.compiler_options import compiler_options
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.cache import with_heads
 from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.quantization.formats import weight_format
 from t5x_inference_ext.t5x.cache import cache_from_t5x, cache_to_t5x
 from t5x_inference_ext.t5x.module import InferenceModule, weights_from_params
 from t5x_inference_ext.t5x.types import Array, Batch, Cache, DecodeFn, Params, Predictions
@@ -45,7 +46,8 @@ class ShardedDecoder(models.DecoderOnlyModel):
   ) -> None:
     self.model: Model = module.model
     self._inputs_length, self._bos_id = inputs_length, bos_id
-    options = compiler_options(self.model.mesh.devices.flat[0])
+    scaled = weight_format(module.weights).scaled
+    options = compiler_options(self.model.mesh.devices.flat[0], scaled)
     self._jitted_scores = jax.jit(self._scores, compiler_options=options)
     super().__init__(
       module,

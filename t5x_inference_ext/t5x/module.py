@@ -17,7 +17,7 @@ import numpy as np
 
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import BlockPartWeights, LayerWeights, Weights
-from t5x_inference_ext.params import LAYERS_AXIS
+from t5x_inference_ext.params import LAYERS_AXIS, VOCAB_AXIS
 from t5x_inference_ext.quantization.formats import is_quantized, weight_format
 from t5x_inference_ext.quantization.rounding import largest_unit
 from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, tensor_dtype
@@ -65,7 +65,8 @@ class Declaration:
     if kind == 'bias':
       return jnp.zeros(self.shape, self.dtype)
     if kind == 'scale':  # uniform int8 values have a standard deviation of 73
-      return jnp.full(self.shape, self.shape[-1] ** -0.5 / 73, self.dtype)
+      deviation = 1.0 if VOCAB_AXIS in self.tensor.axes else self.shape[-1] ** -0.5
+      return jnp.full(self.shape, deviation / 73, self.dtype)
     if is_quantized(self.dtype):
       unit = largest_unit(self.dtype)
       return jax.random.randint(key, self.shape, -unit, unit + 1, jnp.int8).astype(self.dtype)
@@ -89,7 +90,7 @@ def declarations(model: Model, weights: str, stacked: bool) -> dict[ParamPath, D
   if stacked:
     groups = {(STACK,): slice(0, count)}
   tensors = packed_tensors(
-    model.config, model.prefill_layout, model.mesh.shape, weight_format(weights).quantized
+    model.config, model.prefill_layout, model.mesh.shape, weight_format(weights).scaled
   )
   declared = {}
   for name, tensor in tensors.items():

@@ -14,6 +14,7 @@ from t5x import partitioning
 from t5x_inference_ext.compiler_options import compiler_options
 from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.errors import MeshError, RequestError
+from t5x_inference_ext.quantization.formats import weight_format
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.axis_rules import Rules, activation_rules, logical_axis_rules
 from t5x_inference_ext.sharding.layout import Layout
@@ -85,6 +86,7 @@ class InferencePartitioner(partitioning.PjitPartitioner):
       self._inference_mesh, weight_layout = model.model.mesh, model.model.prefill_layout
     else:
       self._inference_mesh, weight_layout = inference_mesh(parse_mesh(mesh)), Layout.parse(layout)
+    self._scaled = () if model is None else weight_format(model.module.weights).scaled
     self._host_driven = model is not None and model.refills
     if self._host_driven and executable is not None:
       raise RequestError(
@@ -151,7 +153,7 @@ class InferencePartitioner(partitioning.PjitPartitioner):
       out_shardings=shardings(out_axis_resources),
       static_argnums=static_argnums,
       donate_argnums=donate_argnums,
-      compiler_options=compiler_options(self.mesh.devices.flat[0]),
+      compiler_options=compiler_options(self.mesh.devices.flat[0], self._scaled),
     )
     if self._executable is None or fn.__name__ != _INFER_STEP:
       return step

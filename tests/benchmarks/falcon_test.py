@@ -55,7 +55,7 @@ def _canonical(state) -> dict[str, np.ndarray]:
 
 
 def _weights(model: Model, canonical) -> Weights:
-  tensors = packed_tensors(TINY, model.prefill_layout, dict(model.mesh.shape), False)
+  tensors = packed_tensors(TINY, model.prefill_layout, dict(model.mesh.shape), ())
 
   def read(tensor, layer):
     return jnp.asarray(

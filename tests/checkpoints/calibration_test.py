@@ -130,15 +130,26 @@ def difference(path, source, tokens):
   return np.square(after - before).mean()
 
 
-@pytest.mark.parametrize('bits', [None, 'mlp_output:8'])
-def test_a_calibrated_checkpoint(source, tokens, tmp_path, bits):
+@pytest.mark.parametrize('bits', [None, 'embedding:8,mlp_output:8'])
+def test_a_calibrated_checkpoint(source, tokens, tmp_path, bits, monkeypatch):
+  """The layers are calibrated for the embedding that is served."""
   calibrated, rounded = tmp_path / 'calibrated', tmp_path / 'rounded'
+  embed, seen = passes.embed_tokens, []
+
+  def embed_tokens(model, weights, tokens):
+    seen.append(np.asarray(weights.embedding))
+    return embed(model, weights, tokens)
+
+  monkeypatch.setattr(passes, 'embed_tokens', embed_tokens)
   report = convert.convert(source, calibrated, 'int4', bits=bits, calibration=str(tokens))
   convert.convert(source, rounded, 'int4', bits=bits)
   assert difference(calibrated, source, tokens) < 0.9 * difference(rounded, source, tokens)
   found = open_checkpoint(calibrated)
   assert found.weights == open_checkpoint(rounded).weights
   assert report.errors['query'].relative > 0.05 and report.errors['mlp_output'].norm > 0
+  served = reference.dequantized(SMALL, {n: t.read() for n, t in found.tensors.items()})
+  if bits is not None:
+    np.testing.assert_array_equal(seen[0][: SMALL.vocab_size], served['embedding'], strict=True)
   assert verify(calibrated)
   with pytest.raises(CheckpointError, match='was made with a calibration text'):
     verify(calibrated, str(source))

@@ -292,7 +292,8 @@ if __name__ == '__main__':
   if not os.path.exists(os.path.join(sys.argv[1], 'checkpoint')):
     OPTIONS['slice_bytes'] = SLICE_BYTES
   if sys.argv[6:]:
-    OPTIONS['weights'] = sys.argv[6]
+    OPTIONS['weights'], _, bits = sys.argv[6].partition(',')
+    OPTIONS['bits'] = bits or None
   if sys.argv[3] in ('kills', 'shard_kills'):
     print(
       json.dumps(globals()[sys.argv[3]](sys.argv[1], scratch_directory, *map(int, sys.argv[4:6])))

@@ -59,7 +59,7 @@ def run(tmp_path, repository, testdata, request):
 
 @pytest.mark.parametrize(
   'run, weights',
-  [('T5X', 'int8'), ('T5X', 'int4'), ('safetensors', 'int8'), ('GGUF', 'int8')],
+  [('T5X', 'int8'), ('T5X', 'int4,embedding:8'), ('safetensors', 'int8'), ('GGUF', 'int8')],
   indirect=['run'],
 )
 def test_kills(run, weights):

@@ -214,6 +214,8 @@ def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
     ([*TINY, '--slice=v4:3x3x3'], 'there is no v4 slice v4:3x3x3; known: v4:1x1x1'),
     ([*TINY, '--slice=v9:2x2'], "no chip is called 'v9'"),
     (['--model=palm_tiny', '--chip=v4,v9'], "no chip is called 'v9': there are v4"),
+    ([*TINY, '--weights=int9'], 'weights must be one of int8, int4, bfloat16, got int9'),
+    ([*TINY, '--weights=int8,head:8'], 'bits: head is no matrix of this model, and no table'),
     ([*TINY, '--batch=0'], 'batch must be a whole number above 0'),
     ([*TINY, '--output_length=0'], 'output_length must be a whole number above 0'),
     ([*TINY, '--mesh=2x2'], 'a mesh is written XxYxZ'),

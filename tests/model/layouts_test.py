@@ -50,8 +50,8 @@ TILES = {
   'multiquery-cut': ModelConfig(num_heads=6, **{**_SIZES, 'd_head': 256}),
 }
 
-# int4 with int8 outputs: in a parallel block, both share a scale.
-MIXED_BITS = 'int4,attention_output:8,mlp_output:8'
+# int4 with int8 outputs, which share a scale in a parallel block, and an int8 embedding.
+MIXED_BITS = 'int4,attention_output:8,embedding:8,mlp_output:8'
 
 STEPS = 4
 MAX_ROWS = 24
@@ -215,6 +215,7 @@ def check_dtypes(weights, name: str) -> None:
   }
   usual = name.partition(',')[0]
   assert found == {('w_in', usual), ('w_out', 'int8' if ',' in name else usual)}
+  assert weights.embedding.dtype.name == ('int8' if 'embedding:8' in name else 'float32')
 
 
 def test_the_cases_have_every_value_of_every_layout():

@@ -105,6 +105,24 @@ def test_int8_weights_are_half_the_bytes_and_the_same_flops():
   assert (half.weight_bytes - table) == pytest.approx((whole.weight_bytes - table) / 2, rel=2e-3)
 
 
+@pytest.mark.parametrize('tied', [True, False])
+def test_an_int8_table_is_half_the_bytes_and_its_scales(tied):
+  """Of an untied pair, a pass reads the head alone, and a chip holds both."""
+  big = dataclasses.replace(config.preset('palm_62b'), num_layers=4, tied_head=tied)
+  tables = ('embedding',) if tied else ('embedding', 'head')
+  whole = case(big, weights='int8')
+  half = case(big, weights=','.join(['int8', *(f'{name}:8' for name in tables)]))
+  rows = whole.tensors['embedding'].shape[0]
+  table, scales = rows * 8192 * 2 / 8, 4 * rows / 4  # rows are split over y and z
+  assert work(whole).head_bytes == 2 * work(half).head_bytes == table
+  assert work(whole).weight_bytes - work(half).weight_bytes == table / 2 - scales * len(tables)
+  held = memory(whole, 64).weights - memory(half, 64).weights
+  assert held == (table / 2 - scales) * len(tables)
+  assert cost(half).seconds < cost(whole).seconds
+  with pytest.raises(RequestError, match='weights must be one of int8, int4, bfloat16, got int2'):
+    case(big, weights='int2,embedding:8')
+
+
 def test_an_int8_cache_is_half_the_bytes_and_its_scales():
   whole, half = (cost(case(cache=c, context=10_000)) for c in ('bfloat16', 'int8'))
   assert half.work.cache_bytes / whole.work.cache_bytes == (32 + 4) / 64

@@ -144,12 +144,13 @@ def test_the_other_phase_gets_a_layout_that_shares_the_weights():
 # Programs: the shapes are those that real weights and caches have.
 
 
-@pytest.mark.parametrize('weights', ['int8', 'bfloat16'])
+@pytest.mark.parametrize('weights', ['int8,embedding:8', 'bfloat16'])
 @pytest.mark.parametrize('stacked', [True, False])
 def test_abstract_weights_are_what_loading_makes(palm_tiny, tmp_path, weights, stacked):
   from t5x_inference_ext.checkpoints import convert, load, open_checkpoint
 
-  convert.convert(palm_tiny, tmp_path / 'serving', weights)
+  name, _, bits = weights.partition(',')
+  convert.convert(palm_tiny, tmp_path / 'serving', name, bits=bits)
   checkpoint = open_checkpoint(tmp_path / 'serving')
   model = Model(checkpoint.config, make_mesh((2, 2, 2)))
   real = load.load_weights(checkpoint, model, stacked=stacked)
@@ -203,7 +204,7 @@ def test_phases_run_and_agree_with_the_model():
 @pytest.mark.libtpu
 @pytest.mark.parametrize('text', ['v4:2x2x1', 'v5e:2x2', 'v6e:2x2', 'v5p:2x2x1'])
 def test_a_decode_step_compiles_for_every_generation(text):
-  case = CompileCase(SMALL, 'int8', 'decode', batch=8, context=128)
+  case = CompileCase(SMALL, 'int8,embedding:8', 'decode', batch=8, context=128)
   program = compile_case(case, slices.slice_mesh(parse_slice(text), SMALL))
   m = program.memory
   # On each of 4 chips: 2 rows in 2 layers, keys and values, one head, 2 bytes; and lengths.
@@ -213,6 +214,7 @@ def test_a_decode_step_compiles_for_every_generation(text):
   found = program.compiled.memory_analysis()
   assert found.alias_size_in_bytes >= m.cache  # in place
   assert 'ENTRY' in program.text and '"estimated_cycles"' in program.text
+  assert 'cross_program_prefetch_index' not in program.text
 
 
 @pytest.mark.libtpu

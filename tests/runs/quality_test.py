@@ -34,7 +34,7 @@ def run(*argv):
 @pytest.fixture(scope='module')
 def int8(palm_tiny, tmp_path_factory):
   path = tmp_path_factory.mktemp('quality') / 'int8'
-  convert.convert(palm_tiny, path)
+  convert.convert(palm_tiny, path, bits='embedding:8')
   return path
 
 
@@ -55,6 +55,7 @@ def test_report_with_tokens(palm_tiny, golden, int8, tmp_path, capsys):
       f'--input={palm_tiny}',
       f'--output={int8}',
       '--weights=int8',
+      '--bits=embedding:8',
       f'--report={tmp_path}/report',
       f'--report_tokens={golden}/heldout_tokens.npy',
     )
@@ -72,15 +73,17 @@ def test_report_with_tokens(palm_tiny, golden, int8, tmp_path, capsys):
     report['errors']['layer_norm']['relative'] == 0 < report['errors']['query']['relative'] < 0.01
   )
   alone = report['losses_of_tensors']
-  assert set(alone) == {'query', 'key', 'value', 'gate', 'linear', 'attention_output', 'mlp_output'}
-  source_loss, int8_loss = (report['losses'][n] for n in ('source, float32', 'output, int8'))
+  matrices = 'query', 'key', 'value', 'gate', 'linear', 'attention_output', 'mlp_output'
+  assert set(alone) == {'embedding', *matrices}
+  rounded = 'output, int8,embedding:8'
+  source_loss, int8_loss = (report['losses'][name] for name in ('source, float32', rounded))
   together = sum(each - source_loss for each in alone.values())
   assert all(each != source_loss for each in alone.values())
-  # The losses of small independent changes add up, and the embedding's rounding is not in the sum.
+  # The losses of small independent changes add up.
   assert abs(together - (int8_loss - source_loss)) < 2e-4
   table = (tmp_path / 'report' / 'report.txt').read_text()
   assert 'rounded alone' in table and 'mlp_output, int8' in table
-  assert 'Frobenius' in table and 'output, int8, int8 cache' in table
+  assert 'embedding, int8 ' in table and f'{rounded}, int8 cache' in table and 'Frobenius' in table
   assert (tmp_path / 'report' / 'report.png').read_bytes().startswith(b'\x89PNG')
 
 

@@ -5,6 +5,7 @@ import itertools
 from jax.sharding import PartitionSpec as P
 import pytest
 
+from t5x_inference_ext import params
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.sharding.activations import ACTIVATION_AXES, padded_length, shard_activations
 from t5x_inference_ext.sharding.axis_rules import activation_rules, logical_axis_rules
@@ -53,7 +54,8 @@ def test_weights(config, layout):
   """With the rules of a phase in front as without: those name no weights."""
   config = CONFIGS[config]
   sharding = shard_activations(layout, config, MESH, 8, 8)
-  for name, tensor in packed_tensors(config, layout, MESH, scaled=True).items():
+  scaled = params.MATRICES, *params.TABLES
+  for name, tensor in packed_tensors(config, layout, MESH, scaled).items():
     assert len(tensor.axes) == len(tensor.shape)
     for rules in (logical_axis_rules(layout), phase_rules(layout, sharding)):
       assert _spec(tensor.axes, rules) == _trimmed(tensor.spec), name

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from t5x_inference_ext import params
 from t5x_inference_ext.config import ModelConfig, preset
 from t5x_inference_ext.sharding.columns import column_widths, input_parts, row_widths
 from t5x_inference_ext.sharding.heads import kv_columns, query_columns, stored_heads
@@ -22,7 +23,7 @@ MODELS = {
 def test_widths_are_those_of_the_arrays(name, layout):
   config, mesh = MODELS[name], dict(x=2, y=8, z=4)
   shards = 64 if layout == 'ws_1d' else 32
-  tensors = packed_tensors(config, Layout(layout), mesh, scaled=True)
+  tensors = packed_tensors(config, Layout(layout), mesh, (params.MATRICES,))
   stored = stored_heads(config, shards)
   for part in config.block_parts:
     columns, rows = column_widths(config, part, shards), row_widths(config, part, shards)

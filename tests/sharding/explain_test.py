@@ -48,7 +48,7 @@ def setting(
 def engine(s: ExplainSetting):
   tensors = reference.random_tensors(s.config)
   if s.scaled:
-    tensors = reference.quantized(s.config, tensors)
+    tensors = reference.quantized(s.config, tensors, s.weights)
   return memory.engine(
     s.config,
     tensors,
@@ -97,7 +97,7 @@ CASES = [
     '2x2x2',
     'wg_xyz/batch',
     'ws_2d/batch',
-    dict(batch=8, weights='int8', dtype='bfloat16'),
+    dict(batch=8, weights='int8,embedding:8', dtype='bfloat16'),
   ),
   ('multiquery', '1x2x4', 'ws_1d/batch', 'ws_1d/heads', dict(batch=3, stacked=False)),
   ('grouped', '2x2x2', 'wg_x/heads', 'ws_2d/batch', dict(batch=2, weights='int8')),

@@ -17,17 +17,21 @@ from t5x_inference_ext.sharding.packing import packed_tensors
 many = settings(deadline=None, derandomize=True, max_examples=200)
 
 
-def canonical(config: ModelConfig, int8: bool) -> dict[str, np.ndarray]:
+INT8 = (params.MATRICES,)
+# Quantized weights of formats: none, tables alone, matrices alone, and both.
+SCALED = [(), ('head',), INT8, (*INT8, 'embedding'), (*INT8, 'embedding', 'head')]
+
+
+def canonical(config: ModelConfig, scaled: tuple[str, ...]) -> dict[str, np.ndarray]:
   """Every value different within a tensor, and none 0, so that padding shows."""
   shapes = {n: p.shape for n, p in params.parameters(config).items()}
-  if int8:
-    shapes.update({n: p.shape for n, p in params.scales(config).items()})
+  shapes.update({n: p.shape for n, p in params.scales(config, scaled).items()})
   return {n: 1 + np.arange(np.prod(s), dtype=np.float32).reshape(s) for n, s in shapes.items()}
 
 
 @st.composite
 def cases(draw):
-  """(config, layout, mesh, int8): every kind of model, with heads and vocabulary of any size."""
+  """(config, layout, mesh, scaled): every kind of model, with heads and vocabulary of any size."""
   mesh = {axis: draw(st.sampled_from([1, 2, 3, 4]), label=axis) for axis in AXES}
   chips = mesh['x'] * mesh['y'] * mesh['z']
   kv_heads = draw(st.integers(1, 5), label='key heads')
@@ -42,9 +46,10 @@ def cases(draw):
     block=draw(st.sampled_from(['parallel', 'serial'])),
     mlp=draw(st.sampled_from(['swiglu', 'gelu'])),
     norm=draw(st.sampled_from(['rms', 'layer'])),
+    tied_head=draw(st.booleans(), label='tied head'),
   )
   layout = Layout(draw(st.sampled_from(['ws_1d', 'ws_2d', 'wg_xyz'])))
-  return config, layout, mesh, draw(st.booleans(), label='int8')
+  return config, layout, mesh, draw(st.sampled_from(SCALED), label='scaled')
 
 
 def whole(tensor, arrays, layer):
@@ -56,9 +61,9 @@ def whole(tensor, arrays, layer):
 @many
 @given(cases(), st.data())
 def test_any_range_is_that_range_of_the_whole(case, data):
-  config, layout, mesh, int8 = case
-  arrays = canonical(config, int8)
-  tensors = packed_tensors(config, layout, mesh, int8)
+  config, layout, mesh, scaled = case
+  arrays = canonical(config, scaled)
+  tensors = packed_tensors(config, layout, mesh, scaled)
   name = data.draw(st.sampled_from(sorted(tensors)), label='tensor')
   tensor = tensors[name]
   layer = data.draw(st.integers(0, 1), label='layer') if tensor.per_layer else None
@@ -87,11 +92,11 @@ def test_any_range_is_that_range_of_the_whole(case, data):
 @given(cases())
 def test_shards_hold_the_canonical_values(case):
   """In each shard's block: the MLP cut evenly, whole heads as in HeadSplit, zeros elsewhere."""
-  config, layout, mesh, int8 = case
-  arrays = canonical(config, int8)
+  config, layout, mesh, scaled = case
+  arrays = canonical(config, scaled)
   shards = num_shards(layout.stored_hidden, mesh)
   assert shards == mesh['y'] * mesh['z'] * (mesh['x'] if layout.feedforward == 'ws_1d' else 1)
-  tensors = packed_tensors(config, layout, mesh, int8)
+  tensors = packed_tensors(config, layout, mesh, scaled)
   split = HeadSplit.of(config.num_kv_heads, config.num_heads // config.num_kv_heads, shards)
   f, d = config.d_ff // shards, config.d_head
 
@@ -151,7 +156,7 @@ def test_shards_hold_the_canonical_values(case):
       check_norm(
         f'{block_part.name}/norm', layer, f'{block_part.name}_norm' if own else 'layer_norm'
       )
-      if int8:
+      if params.MATRICES in scaled:
         check(f'{block_part.name}/in_scale', layer, flat(columns(block_part, layer, '_scale')))
         check(
           f'{block_part.name}/out_scale',
@@ -160,15 +165,18 @@ def test_shards_hold_the_canonical_values(case):
         )
   check_norm('final_norm', None, 'final_norm')
   height = -(-config.vocab_size // shards)
-  check('embedding', None, evenly(arrays['embedding'].T, height).reshape(config.d_model, -1).T)
+  for table in ('embedding',) if config.tied_head else ('embedding', 'head'):
+    check(table, None, evenly(arrays[table].T, height).reshape(config.d_model, -1).T)
+    if table in scaled:
+      check(f'{table}_scale', None, evenly(arrays[f'{table}_scale'], height).ravel())
   assert not tensors, 'arrays that nothing above looked at'
 
 
 @many
 @given(cases())
 def test_every_device_gets_as_much(case):
-  config, layout, mesh, int8 = case
-  tensors = packed_tensors(config, layout, mesh, int8)
+  config, layout, mesh, scaled = case
+  tensors = packed_tensors(config, layout, mesh, scaled)
   assert {'embedding', 'final_norm'} < set(tensors)
   for name, tensor in tensors.items():
     for n, axes in zip(tensor.shape, tensor.spec, strict=True):
@@ -179,10 +187,10 @@ def test_every_device_gets_as_much(case):
 @given(cases())
 def test_layouts_of_one_storage_kind_have_the_same_arrays(case):
   """One set of weights, loaded for one phase, serves both (section 3.2.3)."""
-  config, layout, mesh, int8 = case
-  mine = packed_tensors(config, layout, mesh, int8)
+  config, layout, mesh, scaled = case
+  mine = packed_tensors(config, layout, mesh, scaled)
   for feedforward in ('ws_1d', 'ws_2d', 'wg_x', 'wg_xy', 'wg_xyz'):
-    other = packed_tensors(config, Layout(feedforward), mesh, int8)
+    other = packed_tensors(config, Layout(feedforward), mesh, scaled)
     if (feedforward == 'ws_1d') == (layout.feedforward == 'ws_1d'):
       assert other == mine
     else:
@@ -198,7 +206,7 @@ def test_padding_keeps_the_dtype(dtype):
   """Also where a shard has nothing but padding: int8 must not pass through float32."""
   config = ModelConfig(num_layers=1, d_model=8, d_ff=8, num_heads=1, d_head=2, vocab_size=5)
   arrays = {n: np.ones(p.shape, dtype) for n, p in params.parameters(config).items()}
-  tensor = packed_tensors(config, Layout(), dict(x=1, y=8, z=1), True)['parallel/w_in']
+  tensor = packed_tensors(config, Layout(), dict(x=1, y=8, z=1), INT8)['parallel/w_in']
   block = tensor.shape[1] // 8
   last = tensor.read(
     lambda name, index: arrays[name][index], 0, (slice(0, 8), slice(7 * block, 8 * block))
@@ -225,7 +233,7 @@ def test_palm_540b_on_64_chips(layout, mesh, heads):
   has too few queries.
   """
   config = preset('palm_540b')
-  tensors = packed_tensors(config, Layout(layout), dict(zip(AXES, mesh)), True)
+  tensors = packed_tensors(config, Layout(layout), dict(zip(AXES, mesh)), INT8)
   assert tensors['parallel/w_in'].shape == (
     18432,
     2 * config.d_ff + heads * 256 + (16 * 128 if heads == 48 else 2 * 256),
@@ -240,7 +248,7 @@ def test_palm_540b_on_64_chips(layout, mesh, heads):
 def test_heads_that_do_not_divide_are_cut_between_shards():
   """48 heads of 256 over 32 shards: 384 columns each, in order, and nothing is padded."""
   config = preset('palm_540b')
-  tensors = packed_tensors(config, Layout('ws_2d'), dict(x=2, y=8, z=4), True)
+  tensors = packed_tensors(config, Layout('ws_2d'), dict(x=2, y=8, z=4), INT8)
   assert tensors['parallel/w_in'].shape == (18432, 2 * config.d_ff + 48 * 256 + 32 * 128)
   assert tensors['parallel/w_out'].shape == (config.d_ff + 48 * 256, 18432)
   query = next(p for p in tensors['parallel/w_in'].parts if p.names == ('query',))
@@ -251,7 +259,7 @@ def test_megatron_530b_on_64_chips():
   """A serial block: attention and MLP are matrices of their own. 128 heads divide."""
   config = preset('megatron_530b')
   for layout in ('ws_1d', 'ws_2d'):
-    tensors = packed_tensors(config, Layout(layout), dict(x=4, y=4, z=4), False)
+    tensors = packed_tensors(config, Layout(layout), dict(x=4, y=4, z=4), ())
     shapes = {name: t.shape for name, t in tensors.items() if t.kind == 'matrix'}
     assert shapes == {
       'attention/w_in': (20480, 3 * 20480),
@@ -263,4 +271,4 @@ def test_megatron_530b_on_64_chips():
 
 def test_a_mesh_that_does_not_divide_the_mlp():
   with pytest.raises(MeshError, match='d_model=256 does not divide'):
-    packed_tensors(preset('palm_tiny'), Layout(), dict(x=3, y=1, z=1), False)
+    packed_tensors(preset('palm_tiny'), Layout(), dict(x=3, y=1, z=1), ())

@@ -29,6 +29,7 @@ from t5x_inference_ext.model.projections import projections
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.vectors import local_vectors
 from t5x_inference_ext.model.weights import Weights, layer_weights
+from t5x_inference_ext.quantization.formats import weight_format
 from t5x_inference_ext.sharding import traffic
 from t5x_inference_ext.sharding.activations import ActivationSharding, shard_activations
 from t5x_inference_ext.sharding.collective import Collective
@@ -116,8 +117,9 @@ def _placed(arguments, specs, mesh):
 def _layer_weights(config: ModelConfig, placed: ActivationSharding, mesh, int8: bool):
   """Shapes and specs of a layer."""
   layout = placed.layout
+  scaled = weight_format('int8' if int8 else 'float32').scaled
   tensors = {
-    n: t for n, t in packed_tensors(config, layout, mesh.shape, int8).items() if t.per_layer
+    n: t for n, t in packed_tensors(config, layout, mesh.shape, scaled).items() if t.per_layer
   }
 
   def dtype(t):
@@ -479,7 +481,7 @@ def test_a_pass_moves_its_layers_its_lookup_and_its_logits(
 
 
 def _stacked_weights(config: ModelConfig, layout: Layout, mesh) -> Weights:
-  tensors = packed_tensors(config, layout, mesh.shape, False)
+  tensors = packed_tensors(config, layout, mesh.shape, ())
 
   def shape(t):
     return jax.ShapeDtypeStruct((*(config.num_layers,) * t.per_layer, *t.shape), jnp.float32)

@@ -92,12 +92,12 @@ def test_int8_where_float_was_expected(palm_tiny, int8_checkpoint):
 
 
 def test_int4(palm_tiny, tmp_path):
-  """The matrices stay int4, and the logits are those of the engine."""
-  convert(palm_tiny, tmp_path / 'int4', 'int4', bits='mlp_output:8')
+  """Matrices stay int4, and a table int8, and the logits are those of the engine."""
+  convert(palm_tiny, tmp_path / 'int4', 'int4', bits='embedding:8,mlp_output:8')
   model = running.adapter_model(tmp_path / 'int4', MESH)
   params = _restore(tmp_path / 'int4', model).params
   found = {x.dtype.name for x in jax.tree.leaves(params)}
-  assert found == {'int4', 'int8', 'float32'}
+  assert found == {'int4', 'int8', 'float32'} and params['embedding'].dtype == np.int8
   tokens = np.random.default_rng(0).integers(2, 258, (8, 16))
   tokens[:, 0] = 0
   logits = jax.jit(model._compute_logits)(params, {'decoder_input_tokens': tokens})

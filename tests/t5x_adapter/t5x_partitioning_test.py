@@ -197,7 +197,7 @@ def test_programs_take_the_compiler_s_options(monkeypatch):
   monkeypatch.setitem(kinds, jax.devices()[0].device_kind, {unknown: True})
   partitioner = partitioning.InferencePartitioner.__new__(partitioning.InferencePartitioner)
   partitioner._inference_mesh = make_mesh((1, 1, 1))
-  partitioner._host_driven, partitioner._executable = False, None
+  partitioner._host_driven, partitioner._executable, partitioner._scaled = False, None, ()
   step = partitioner.partition(jnp.sin, None, None)
   with pytest.raises(jax.errors.JaxRuntimeError, match=unknown):
     step.lower(jnp.zeros(2)).compile()

@@ -69,7 +69,7 @@ def fold_adapter(source: Checkpoint, adapter: Adapter) -> Checkpoint:
       f'{adapter.path} is a soft prompt, which is no part of the weights: load it beside the '
       'model, with --adapters=NAME=PATH'
     )
-  if weight_format(source.weights).quantized:
+  if weight_format(source.weights).scaled:
     raise CheckpointError(
       f"{adapter.path} can't be folded into the {source.weights} weights of {source.path}: convert "
       'the float model that they were made from'

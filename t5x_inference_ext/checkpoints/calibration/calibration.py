@@ -22,6 +22,7 @@ from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.conversion.not_finite import NotFinite
 from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
 from t5x_inference_ext.checkpoints.load import load_tensor
+from t5x_inference_ext.checkpoints.views import RoundedTable
 from t5x_inference_ext.model.weights import build_weights
 from t5x_inference_ext.quantization.formats import weight_format
 from t5x_inference_ext.sharding.packing import packed_tensors
@@ -47,32 +48,39 @@ class Calibration:
     source: Checkpoint,
     rows: CalibrationRows,
     weights: str,
+    search: bool,
     directory: str,
     progress: Callable[[str, int, int], None],
   ) -> None:
     """Plan a calibration.
 
     Args:
-      source: A checkpoint of float matrices.
+      source: A checkpoint of float weights.
       rows: The text.
-      weights: Format of the matrices to make (quantization.formats).
+      weights: Format of the weights to make (quantization.formats). Its tables are not calibrated,
+        but layers are calibrated for the embedding that will be served.
+      search: Whether the conversion searches the scales of tables.
       directory: Directory for results.
       progress: Called with a name, the bytes just rounded and all bytes.
     """
     self._source, self._rows, self._progress = source, rows, progress
+    found = weight_format(weights)
+    if 'embedding' in found.scaled:
+      table = RoundedTable(source.tensors['embedding'], found.dtype('embedding'), search)
+      self._source = dataclasses.replace(source, tensors={**source.tensors, 'embedding': table})
     self.errors: dict[str, RoundingError] = {}
     self._model = model = passes.one_device_model(source.config)
     mesh = dict(model.mesh.shape)
-    self._packed = packed_tensors(source.config, model.prefill_layout, mesh, scaled=False)
+    self._packed = packed_tensors(source.config, model.prefill_layout, mesh, scaled=())
     names = (n for n, p in params.parameters(source.config).items() if p.kind == 'matrix')
-    self._dtypes = {name: weight_format(weights).dtype(name) for name in names}
+    self._dtypes = {name: found.dtype(name) for name in names}
     shape = *rows.inputs.shape, source.config.d_model
     self._results = CalibrationResults(directory, source.config, shape)
     tensors = {**source.tensors, **self._results.tensors(self._dtypes)}
     scales = params.scales(source.config)
     self.rounded = dataclasses.replace(
       source,
-      weights=weights,
+      weights=str(found.with_float_tables()),
       tensors=tensors,
       arrays=tuple(
         whole_array(tensor, name, None if name in params.OUTSIDE_LAYERS else 0)

@@ -43,7 +43,12 @@ class CalibratedConversion(Conversion):
     self._float_source = source
     weights = with_bits(options.weights, options.bits or '', source.config)
     self._calibration = Calibration(
-      source, read_calibration(text, source), weights, work.calibration, progress
+      source,
+      read_calibration(text, source),
+      weights,
+      options.search == 'mse',
+      work.calibration,
+      progress,
     )
     super().__init__(self._calibration.rounded, options, work.payload, progress)
 
@@ -87,7 +92,7 @@ def _check_options(source: Checkpoint, text: str, options: ConvertOptions) -> No
       f'a conversion with calibration={text} is done by one process, not by num_shards='
       f'{options.num_shards}: its layers are rounded one after the other'
     )
-  if weight_format(source.weights).quantized:
+  if weight_format(source.weights).scaled:
     raise UserError(
       f'{source.path} holds {source.weights} weights, which are rounded already: calibrate the '
       'float checkpoint that they were made from'

@@ -6,7 +6,7 @@ Each shard converts its slices; the last shard to finish completes the output.
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 import contextlib
-import functools
+import dataclasses
 import json
 import os
 import threading
@@ -15,31 +15,31 @@ from typing import Any
 import numpy as np
 
 from t5x_inference_ext import params
-from t5x_inference_ext.checkpoints.arrays import Rectangle, SourceArray
+from t5x_inference_ext.checkpoints.arrays import SourceArray, by_row
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.conversion import files, read_back
-from t5x_inference_ext.checkpoints.conversion.not_finite import NotFinite, check_finite
+from t5x_inference_ext.checkpoints.conversion.not_finite import NotFinite
 from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions, Report
 from t5x_inference_ext.checkpoints.conversion.output import ArrayWrite
 from t5x_inference_ext.checkpoints.conversion.outputs import make_output
-from t5x_inference_ext.checkpoints.conversion.pipeline import Pipeline, PipelineJob, PipelineWork
+from t5x_inference_ext.checkpoints.conversion.pipeline import Pipeline, PipelineWork
 from t5x_inference_ext.checkpoints.conversion.provenance import conversion_record
 from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray
 from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
+from t5x_inference_ext.checkpoints.conversion.scales_work import ScalesWork
 from t5x_inference_ext.checkpoints.conversion.slice_work import (
   Finished,
   MemoryBudget,
   PutWrites,
   SliceContext,
   SliceWork,
-  WrittenSums,
 )
 from t5x_inference_ext.checkpoints.conversion.slices import ConversionPlan
 from t5x_inference_ext.checkpoints.conversion.work_directory import SYNCED, WorkDirectory
 from t5x_inference_ext.checkpoints.tensor import Bounds
 from t5x_inference_ext.checkpoints.workers import worker_count
 from t5x_inference_ext.errors import CheckpointError
-from t5x_inference_ext.quantization.formats import weight_format
+from t5x_inference_ext.quantization.formats import is_quantized
 from t5x_inference_ext.text_format import megabytes
 
 # Estimated memory: _BASE_BYTES for Python, numpy and tensorstore, and _BLOCKS_A_WORKER blocks per
@@ -74,10 +74,7 @@ class Conversion:
     self.workers = worker_count(options.workers)
     record = conversion_record(source, options.search)
     self.output = make_output(source, directory, options, record)
-    self._finds_scales = (
-      weight_format(self.output.weights).quantized and not weight_format(source.weights).quantized
-    )
-    arrays = [SourceArray(a.tensor.uncached(), a.arrangement) for a in source.arrays]
+    arrays = [self._array(a) for a in source.arrays]
     self.plan = ConversionPlan(arrays, source.config, self._finds_scales, options.slice_size)
     self._total = sum(a.tensor.nbytes for a in arrays)
     self._progress, self._progress_lock = progress, threading.Lock()
@@ -92,10 +89,25 @@ class Conversion:
     }
     self.identity = json.loads(json.dumps(identity))
 
+  def _array(self, array: SourceArray) -> SourceArray:
+    """Return an array as it is read: uncached; quantized tables, or those to quantize, by row."""
+    array = dataclasses.replace(array, tensor=array.tensor.uncached())
+    name = array.arrangement.parts[0].name
+    quantized = self._is_quantized(name) or is_quantized(self.output.dtype(name))
+    return by_row(array) if name in params.TABLES and quantized else array
+
+  def _is_quantized(self, name: str) -> bool:
+    """Return whether a tensor is quantized in the source."""
+    return is_quantized(self.source.tensors[name].dtype)
+
+  def _finds_scales(self, name: str) -> bool:
+    return is_quantized(self.output.dtype(name)) and not self._is_quantized(name)
+
   @property
   def peak_bytes(self) -> int:
     """Estimate of the memory of the process, in bytes."""
-    held = min(self._options.held_size, self.plan.slice_bytes) if self._finds_scales else 0
+    scaled = any(s.scaled for s in self.plan.slices)
+    held = min(self._options.held_size, self.plan.slice_bytes) if scaled else 0
     return int(_BASE_BYTES + held + self.workers * _BLOCKS_A_WORKER * self.plan.block_bytes)
 
   def description(self) -> Iterator[str]:
@@ -241,37 +253,6 @@ class Conversion:
       layer_bytes=sum(n for name, n in sizes.items() if self.output.is_layer_weight(name)),
       layer_float32_bytes=sum(4 * int(np.prod(p.shape)) for p in matrices),
     )
-
-
-class ScalesWork:
-  """The last slice: the scales of weights quantized in the source, if any. A PipelineWork."""
-
-  def __init__(self, context: SliceContext) -> None:
-    self._context, self._sums, self._started = context, WrittenSums(context), False
-
-  def may_start(self) -> bool:
-    """Return True: scales need no memory for blocks."""
-    return True
-
-  def jobs(self) -> list[PipelineJob] | None:
-    """Return the jobs of the single step, one per tensor."""
-    context = self._context
-    if self._started:
-      self._sums.finish(len(context.plan.slices), {})
-      return None
-    self._started = True
-    quantized = weight_format(context.source.weights).quantized
-    names = params.scales(context.source.config) if quantized else ()
-    return [functools.partial(self._scale, name) for name in names]
-
-  def _scale(self, name: str) -> None:
-    source, output = self._context.source, self._context.output
-    values = source.tensors[name].read()  # [L, out]: 90 MB in all for palm_540b
-    check_finite(source, name, values, 0)
-    if weight_format(output.weights).quantized:
-      layers, columns = values.shape
-      rectangle = Rectangle((0, layers), (0, 1), (0, columns))
-      self._sums.put(list(output.placements(name, rectangle, values[:, None])))
 
 
 def _write(writes: list[ArrayWrite]) -> None:

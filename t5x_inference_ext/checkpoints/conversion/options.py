@@ -46,8 +46,9 @@ class ConvertOptions:
   )
   bits: str | None = option(
     None,
-    help='Other bits for some matrices, e.g. mlp_output:8 with --weights=int4. Matrices that share '
-    'a scale, as both outputs of a parallel block, have equal bits.',
+    help='Other bits for some matrices, e.g. mlp_output:8 with --weights=int4; and tables to '
+    'quantize, embedding:8 and, of a model with an untied head, head:8. Matrices that share a '
+    'scale, as both outputs of a parallel block, have equal bits.',
     group=COMMON,
   )
   scale_search: str | None = option(

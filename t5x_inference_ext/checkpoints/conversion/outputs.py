@@ -35,7 +35,8 @@ class ServingOutput(Output):
         if dtype == 'int4'
         else RawArray(directory, name, shape, dtype, chunk)
       )
-    self._kinds = {**params.parameters(source.config), **params.scales(source.config)}
+    scaled = weight_format(weights).scaled
+    self._kinds = {**params.parameters(source.config), **params.scales(source.config, scaled)}
     super().__init__(source, weights, tuple(self._arrays.values()), record)
     self._text = source.text
     self._manifest['text'] = source.text.to_dict()
@@ -47,7 +48,7 @@ class ServingOutput(Output):
     return self._arrays[name].dtype
 
   def is_layer_weight(self, array: str) -> bool:
-    return self._kinds[array].kind in ('matrix', 'scale')
+    return serving.is_layered(array) and self._kinds[array].kind in ('matrix', 'scale')
 
   def placements(self, name: str, rectangle: Rectangle, values: np.ndarray) -> Iterator[ArrayWrite]:
     array, (layers, rows, columns) = self._arrays[name], rectangle

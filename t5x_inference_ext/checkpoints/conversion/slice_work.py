@@ -202,11 +202,15 @@ class SliceWork:
     values = self._values(block) if held is None else held
     errors: dict[str, RoundingError] = {}
     writes: list[ArrayWrite] = []
-    for part, rectangle, w in context.plan.arrays[block.array].rectangles(values, block.bounds):
+    array = context.plan.arrays[block.array]
+    for part, rectangle, w in array.rectangles(values, block.bounds):
       dtype = context.output.dtype(part.name)
       scale, magnitude = self._scale_and_magnitude(part.name, rectangle, w, dtype)
       error = errors.setdefault(part.name, RoundingError())
       written = error.round(w, scale, dtype, magnitude)
+      if array.by_row:
+        layers, rows, columns = rectangle
+        rectangle, written = Rectangle(columns, layers, rows), np.moveaxis(written, 2, 0)
       writes.extend(context.output.placements(part.name, rectangle, written))
     self._sums.put(writes)
     with self._lock:
@@ -214,7 +218,8 @@ class SliceWork:
     if held is not None:
       context.budget.release(held.nbytes)
     first, end = block.bounds[0]
-    where = f'layers {first}-{end - 1} ' if self._slice.scaled else ''
+    unit = 'rows' if array.by_row else 'layers'
+    where = f'{unit} {first}-{end - 1} ' if self._slice.scaled else ''
     context.progress(where + ' '.join(errors), values.nbytes)
 
   def _scale_and_magnitude(
@@ -226,8 +231,9 @@ class SliceWork:
       place = self._place(self._scale(name), rectangle)
       return self._scales[self._scale(name)][place], float(self._maxima[name][place].max())
     if is_quantized(w.dtype) and self._kinds[name].scale is not None:
-      index = (slice(*rectangle.layers), slice(*rectangle.columns))
-      scale = source.tensors[self._scale(name)].read(index)
+      stored = source.tensors[self._scale(name)]  # [L, out], or [V] of a table by row
+      index = (slice(*rectangle.layers), slice(*rectangle.columns))[: len(stored.shape)]
+      scale = stored.read(index).reshape(w.shape[0], w.shape[2])
       return scale, float(rounding.largest_unit(w.dtype) * np.abs(scale).max())
     largest = rounding.largest(w)
     check_finite(source, name, largest, rectangle.layers[0], dtype)
@@ -235,10 +241,13 @@ class SliceWork:
 
   def _finish(self) -> None:
     """Write the slice's scales, and record the slice as finished."""
+    by_row = self._context.plan.arrays[self._slice.boxes[0].array].by_row
     for scale, places in self._columns.items():
       for columns, place in places.items():
         values = self._scales[scale][:, None, place : place + columns[1] - columns[0]]
         rectangle = Rectangle(self._layers, (0, 1), columns)
+        if by_row:
+          rectangle, values = Rectangle(columns, (0, 1), self._layers), values.swapaxes(0, 2)
         self._sums.put(list(self._context.output.placements(scale, rectangle, values)))
     errors: dict[str, RoundingError] = {}
     for _, block_errors in sorted(self._errors.items()):

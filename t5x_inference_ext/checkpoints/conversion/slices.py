@@ -1,12 +1,12 @@
 """The units of a conversion: slices, each made of blocks of stored chunks.
 
 A block is the unit of decoding: whole stored chunks, at least one. A slice is the unit of progress:
-it is finished and recorded as a whole. If int8 scales have to be found, a slice has all input rows
-of some output channels in some layers, from every array that shares these scales. Otherwise a slice
-is any box of chunks.
+it is finished and recorded as a whole. If scales have to be found, a slice has all input rows of
+some output channels in some layers, from every array that shares these scales. Otherwise a slice is
+any box of chunks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import itertools
 import math
@@ -59,15 +59,28 @@ class ConversionPlan:
   """
 
   def __init__(
-    self, arrays: Sequence[SourceArray], config: ModelConfig, finds_scales: bool, slice_bytes: int
+    self,
+    arrays: Sequence[SourceArray],
+    config: ModelConfig,
+    finds_scales: Callable[[str], bool],
+    slice_bytes: int,
   ) -> None:
+    """Plan a conversion.
+
+    Args:
+      arrays: The source's arrays.
+      config: The model.
+      finds_scales: Returns whether the scales of the tensor of this name have to be found.
+      slice_bytes: Approximate bytes of a slice, as stored.
+    """
     self.arrays = tuple(arrays)
     kinds = params.parameters(config)
     by_scale: dict[str, list[int]] = {}
     boxes: list[tuple[tuple[StoredBlock, ...], bool]] = []
     for i, array in enumerate(self.arrays):
-      scales = sorted(filter(None, (kinds[part.name].scale for part in array.arrangement.parts)))
-      if scales and finds_scales:
+      names = [part.name for part in array.arrangement.parts]
+      scales = sorted(filter(None, (kinds[name].scale for name in names)))
+      if scales and any(map(finds_scales, names)):
         # Group arrays by their first scale: arrays that share one scale share all of them.
         by_scale.setdefault(scales[0], []).append(i)
       else:
