@@ -38,10 +38,10 @@ def bind(options: ServerOptions) -> socket.socket:
       listener.bind(address)
       stack.pop_all()
       return listener
-  except OSError as error:
+  except (OSError, UnicodeError) as error:  # UnicodeError: no host can have this name
+    reason = error.strerror if isinstance(error, OSError) else 'not a name of a host'
     raise RequestError(
-      f"can't listen at {options.host}:{options.port} ({error.strerror}): choose another --port or "
-      '--host'
+      f"can't listen at {options.host}:{options.port} ({reason}): choose another --port or --host"
     ) from error
 
 

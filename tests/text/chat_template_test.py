@@ -56,6 +56,11 @@ def test_what_templates_use_works(source, text):
   assert found == text
 
 
+def test_variables_of_any_name():
+  values = {'self': 1, 'messages_': 2, 'source': 3}
+  assert ChatTemplate('{{ messages | length }}{{ source }}').render([USER], **values) == '13'
+
+
 def test_a_template_may_refuse_messages():
   template = ChatTemplate("{{ raise_exception('no system\nrole') }}", 'x')
   with pytest.raises(RequestError, match=r'template of x refuses these messages: no system\\nrole'):
