@@ -31,7 +31,8 @@ def normalize(path: str | os.PathLike) -> str:
     return path.rstrip('/')
   if (match := re.match(r'\w[\w+.-]*://', path)) and not is_remote(path):
     raise CheckpointError(
-      f'{path}: {match[0]} is not supported: name a local directory, gs://BUCKET/... or hf:OWNER/NAME'
+      f'{path}: {match[0]} is not supported: name a local directory, a gs:// address or '
+      'hf:OWNER/NAME'
     )
   return path.rstrip('/') if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
