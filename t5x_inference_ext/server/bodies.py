@@ -23,22 +23,18 @@ _Body = TypeVar('_Body', bound=pydantic.BaseModel)
 # Ends the check of a list at its first error. By default pydantic collects all errors: two million
 # of them, of a body of 4 MiB, took 24 s, in which no other client was served.
 _FIRST: Any = pydantic.Field(fail_fast=True)
-_Count = Annotated[int, pydantic.Field(ge=1, le=LARGEST_WHOLE)]
 _Penalty = Annotated[float, pydantic.Field(ge=-1e9, le=1e9)]
 
 
 class _Strict(pydantic.BaseModel):
-  model_config = pydantic.ConfigDict(
-    extra='forbid', strict=True, allow_inf_nan=False, protected_namespaces=()
-  )
+  model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
 
   @pydantic.model_validator(mode='before')
   @classmethod
   def _known(cls, value: Any) -> Any:
     """Refuse all unknown fields in one error; pydantic would make an error of each."""
     if isinstance(value, dict):
-      unknown = [name for name in value if name not in cls.model_fields]
-      if unknown:
+      if unknown := [name for name in value if name not in cls.model_fields]:
         raise pydantic_core.PydanticCustomError(_UNKNOWN, _UNKNOWN, {'names': unknown})
     return value
 
@@ -277,9 +273,8 @@ def _validation_error(error: pydantic.ValidationError) -> ApiError:
   """Return the error for an invalid body, which names unknown fields, else the first problem."""
   first = error.errors(include_url=False)[0]
   if first['type'] == _UNKNOWN:
-    unknown = [(*first['loc'], name) for name in first['ctx']['names']]
-    names = name_list(map(_path, unknown), len(unknown))
-    return invalid(f'unknown fields: {names}', _path(unknown[0]), _UNKNOWN)
+    unknown = [_path((*first['loc'], name)) for name in first['ctx']['names']]
+    return invalid(f'unknown fields: {name_list(unknown, len(unknown))}', unknown[0], _UNKNOWN)
   message = first['msg'].removeprefix('Input ').removeprefix('Value error, ')
   path = _path(first['loc'])
   if not path:  # a check of several fields: the message begins with the first field's name
