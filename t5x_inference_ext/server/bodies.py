@@ -33,9 +33,9 @@ class _Strict(pydantic.BaseModel):
   @classmethod
   def _known(cls, value: Any) -> Any:
     """Refuse all unknown fields in one error; pydantic would make an error of each."""
-    if isinstance(value, dict):
-      if unknown := [name for name in value if name not in cls.model_fields]:
-        raise pydantic_core.PydanticCustomError(_UNKNOWN, _UNKNOWN, {'names': unknown})
+    known = cls.model_fields
+    if isinstance(value, dict) and (unknown := [name for name in value if name not in known]):
+      raise pydantic_core.PydanticCustomError(_UNKNOWN, _UNKNOWN, {'names': unknown})
     return value
 
 

@@ -199,7 +199,7 @@ def _environment() -> jinja2.Environment:
   return environment
 
 
-def _with_bounds(function: Callable, name: str) -> Callable:
+def _with_bounds(function: Any, name: str) -> Callable:
   """Wrap a filter or test, so that its arguments and the size of its result are checked."""
 
   @functools.wraps(function)  # copies Jinja's attribute that says which arguments the filter gets
