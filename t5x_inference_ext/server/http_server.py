@@ -12,6 +12,7 @@ import uvicorn
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.server.api_errors import unavailable
 from t5x_inference_ext.server.app import make_app
+from t5x_inference_ext.server.connections import Connection
 from t5x_inference_ext.server.options import ServerOptions
 from t5x_inference_ext.server.service import Service
 
@@ -66,6 +67,7 @@ class HttpServer(uvicorn.Server):
     super().__init__(
       uvicorn.Config(
         make_app(service),
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,
