@@ -1,6 +1,7 @@
 """JSON and text files; checks that files can be written and that extras are installed."""
 
 import collections
+import contextlib
 import importlib.util
 import json
 import math
@@ -134,7 +135,11 @@ def check_writable(*paths: str | None) -> None:
       raise RequestError(f"can't write {path}: there is no directory {directory}")
     if os.path.isdir(path):
       raise RequestError(f"can't write {path}: it is a directory")
-    if not os.access(path if os.path.exists(path) else directory, os.W_OK):
+    # A file is replaced, so its directory is written to; a device is written to itself.
+    files = [path] if os.path.exists(path) else []
+    if not files or os.path.isfile(path):
+      files.append(os.path.dirname(os.path.realpath(path)))
+    if not all(os.access(file, os.W_OK) for file in files):
       raise RequestError(f"can't write {path}: permission denied")
 
 
@@ -156,9 +161,20 @@ def check_plots() -> None:
 
 
 def write_text(path: str, text: str) -> None:
-  """Write a text file; on failure raise RequestError, naming the file."""
+  """Write a text file, or replace it; on failure raise RequestError, naming the file.
+
+  After a failure, such as a full disk, the file is as it was. A device is written to as it is.
+  """
+  target = os.path.realpath(path)
+  replaced = os.path.isfile(target) or not os.path.exists(target)
+  written = f'{target}.{os.getpid()}.tmp' if replaced else path
   try:
-    with open(path, 'w', encoding='utf-8') as f:
+    with open(written, 'w', encoding='utf-8') as f:
       f.write(text)
+    if replaced:
+      os.replace(written, target)
   except OSError as e:
+    if replaced:
+      with contextlib.suppress(OSError):
+        os.unlink(written)
     raise RequestError(f"can't write {path}: {e.strerror}") from e

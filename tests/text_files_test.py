@@ -1,8 +1,11 @@
 """Files that a command writes: refused before the work, where they can't be written."""
 
+import errno
 import importlib.util
+import io
 import json
 import os
+import pathlib
 
 import pytest
 
@@ -66,6 +69,30 @@ def test_what_is_written_is_json():
   written = json.loads(text_files.json_line(value), parse_constant=refuse)
   assert written == {'a': [None, 1.5], 'b': {'c': '-Infinity', 'd': None}}
   assert text_files.json_line({'a': 'ü'}) == json.dumps({'a': 'ü'})
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+  path, link = tmp_path / 'a.json', tmp_path / 'link'
+  link.symlink_to(path)
+  text_files.write_text(str(path), 'one')
+  text_files.write_text(str(link), 'two')
+  assert path.read_text() == 'two' and link.is_symlink()
+
+  class Full(io.StringIO):
+    def close(self):
+      raise OSError(errno.ENOSPC, 'No space left on device')
+
+  def full(file, *arguments, **options):
+    pathlib.Path(file).write_text('tw')
+    return Full()
+
+  monkeypatch.setattr('builtins.open', full)
+  with pytest.raises(RequestError, match=f"can't write {path}: No space left on device"):
+    text_files.write_text(str(path), 'three')
+  monkeypatch.undo()
+  assert path.read_text() == 'two' and sorted(tmp_path.iterdir()) == [path, link]
+  text_files.write_text(os.devnull, 'four')
+  assert not os.path.isfile(os.devnull)
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):

@@ -21,10 +21,19 @@ def is_on_hub(path: str) -> bool:
 
 
 def normalize(path: str | os.PathLike) -> str:
-  """Drop a trailing slash; also make a local path absolute."""
+  """Drop a trailing slash; also make a local path absolute.
+
+  Raises:
+    CheckpointError: The path is an address that is neither in a bucket nor on a hub.
+  """
   path = os.fspath(path)
   if is_on_hub(path):
     return path.rstrip('/')
+  if (match := re.match(r'\w[\w+.-]*://', path)) and not is_remote(path):
+    raise CheckpointError(
+      f'{path}: {match[0]} is not supported: name a local directory, a gs:// address or '
+      'hf:OWNER/NAME'
+    )
   return path.rstrip('/') if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 

@@ -34,7 +34,7 @@ from absl import logging as absl_logging
 import gin
 
 from t5x_inference_ext.commands import option_flags
-from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.errors import UserError, printable
 from t5x_inference_ext.options import has_type, type_text
 
 # Imported for side effects: gin uses importlib.util without importing it, and absl.logging defines
@@ -98,7 +98,9 @@ class Session:
       os.dup2(nowhere, sys.stdout.fileno())  # Python flushes again at exit
       self.code = 128 + signal.SIGPIPE
     elif error is not None and (message := _user_message(error)):
-      print(f'error: {message}', file=sys.stderr)
+      # Paths may have control characters, which would write over the terminal.
+      lines = (printable(line, len(line)) for line in message.split('\n'))
+      print('error: ' + '\n'.join(lines), file=sys.stderr)
       self.code = 2
     return self.code != 0
 

@@ -152,6 +152,8 @@ def read_adapters(
     RequestError: A name can't be used.
     CheckpointError: An adapter does not fit the model.
   """
+  if not isinstance(paths, Mapping):
+    raise RequestError(f'adapters must be a mapping of names to paths, got {printable(paths, 80)}')
   for name in paths:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
       raise RequestError(

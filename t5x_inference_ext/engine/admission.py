@@ -11,7 +11,8 @@ from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_params import slot_row
 from t5x_inference_ext.engine.slot_table import SlotTable
-from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.errors import RequestError, printable
+from t5x_inference_ext.text.grammar import Grammar
 from t5x_inference_ext.text.vocabulary import Vocabulary
 
 
@@ -75,6 +76,8 @@ def admitted(
     top=request.top_log_probs,
     top_width=config.top_log_probs,
   )
+  if not isinstance(request.grammar, Grammar | None):
+    raise RequestError(f'grammar must be a Grammar, got {printable(request.grammar, 80)}')
   if (request.text or request.stop_texts) and vocabulary is None:
     raise RequestError('text and stop texts need a vocabulary, and this engine has none')
   return dataclasses.replace(request, limit=room(limit, length, model))

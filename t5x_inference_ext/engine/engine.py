@@ -184,7 +184,7 @@ class Engine(RequestMaker):
     seeds: Sequence[int] | None = None,
     samples: int = 1,
     eos_id: int | Sequence[int] | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     top_log_probs: int = 0,
     salt: Hashable = None,
     grammar: Grammar | None = None,
@@ -204,7 +204,7 @@ class Engine(RequestMaker):
       seeds: See `generate`. The i-th sample of a prompt has the seed (prompt's seed + i) % 2**32.
       samples: Number of samples of each prompt.
       eos_id: See `generate`.
-      stop: Texts that end a row. The row's text does not include them.
+      stop: Text that ends a row, or several. The row's text does not include them.
       top_log_probs: Number of most likely tokens to return with each token.
       salt: Only prompts with equal salts share cached prefixes.
       grammar: Grammar that each row's new text must satisfy; None: any text is allowed.
@@ -223,7 +223,7 @@ class Engine(RequestMaker):
       dataclasses.replace(
         request,
         end_ids=ends,
-        stop_texts=tuple(stop),
+        stop_texts=(stop,) if isinstance(stop, str) else tuple(stop),
         text=text,
         top_log_probs=top_log_probs,
         salt=salt,

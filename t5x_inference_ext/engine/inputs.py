@@ -103,7 +103,7 @@ def plain(value: Any) -> Any:
   """Convert iterables, such as NumPy and JAX arrays, to lists; return anything else unchanged."""
   if hasattr(value, 'tolist') and hasattr(value, 'ndim'):
     value = np.asarray(value).tolist()
-  if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+  if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
     return value
   # Items of a list may be JAX scalars, which Python does not accept as integers.
   return [np.asarray(x).item() if getattr(x, 'ndim', None) == 0 else x for x in value]
@@ -175,7 +175,8 @@ def check_at_least(least: int, **values: Any) -> None:
 
 def check_tokens(what: str, tokens: Any, vocab_size: int) -> None:
   """Raise RequestError unless `tokens` are ids below vocab_size. The message begins with `what`."""
-  if isinstance(tokens, str) or not isinstance(tokens, (Sequence, np.ndarray)):
+  # Bytes are a sequence of whole numbers too, but their ids depend on the vocabulary.
+  if isinstance(tokens, (str, bytes, bytearray)) or not isinstance(tokens, (Sequence, np.ndarray)):
     raise RequestError(f'{what} must be token ids, got {_shown(tokens)}')
   for token in tokens:
     if not is_whole(token):

@@ -20,7 +20,7 @@ class Keys:
   """
 
   def __init__(self, keys: Sequence[str]) -> None:
-    self._digests = [_digest(key) for key in keys]
+    self._digests = [_digest(key.encode('utf-8', 'surrogateescape')) for key in keys]
 
   def client(self, headers: Mapping[str, str]) -> str | None:
     """Return a name for the client, derived from its key; None if the server has no keys.
@@ -33,7 +33,7 @@ class Keys:
     if not self._digests:
       return None
     scheme, _, key = headers.get('authorization', '').partition(' ')
-    digest = _digest(key.strip())
+    digest = _digest(key.strip().encode('latin-1', 'replace'))  # headers are decoded as latin-1
     known = [hmac.compare_digest(digest, each) for each in self._digests]
     if scheme.lower() != 'bearer' or not any(known):
       raise ApiError(
@@ -45,8 +45,8 @@ class Keys:
     return f'key {known.index(True)}'
 
 
-def _digest(key: str) -> bytes:
-  return hashlib.sha256(key.encode('utf-8', 'surrogateescape')).digest()
+def _digest(key: bytes) -> bytes:
+  return hashlib.sha256(key).digest()
 
 
 def read_keys(options: ServerOptions) -> list[str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+import functools
 import importlib.resources
 import time
 import traceback
@@ -19,7 +20,7 @@ from t5x_inference_ext import __version__
 from t5x_inference_ext.server import generation
 from t5x_inference_ext.server.api_errors import ApiError, invalid
 from t5x_inference_ext.server.bodies import DetokenizeBody, TokenizeBody, validated
-from t5x_inference_ext.server.body_reading import read_json
+from t5x_inference_ext.server.body_reading import read_body
 from t5x_inference_ext.server.service import Service
 
 # Paths that need no key, because their answers reveal nothing about clients.
@@ -156,7 +157,9 @@ def _card(service: Service, name: str) -> dict[str, Any]:
 
 
 async def _tokenize(service: Service, request: Request) -> Response:
-  body = validated(TokenizeBody, await read_json(request, service.options.max_body_bytes))
+  body = await read_body(
+    request, service.options.max_body_bytes, functools.partial(validated, TokenizeBody)
+  )
   service.check_model(body.model)
   translator = service.translator
 
@@ -173,14 +176,18 @@ async def _tokenize(service: Service, request: Request) -> Response:
 
 
 async def _detokenize(service: Service, request: Request) -> Response:
-  body = validated(DetokenizeBody, await read_json(request, service.options.max_body_bytes))
+  body = await read_body(
+    request, service.options.max_body_bytes, functools.partial(validated, DetokenizeBody)
+  )
   service.check_model(body.model)
   vocabulary = service.translator.vocabulary
   if vocabulary is None:
     raise invalid('the vocabulary of this model is not known', 'tokens')
-  return JSONResponse(
-    {'prompt': vocabulary.decode(service.translator.prompt_ids(body.tokens, 'tokens'))}
-  )
+
+  def decode() -> str:
+    return vocabulary.decode(service.translator.prompt_ids(body.tokens, 'tokens'))
+
+  return JSONResponse({'prompt': await asyncio.to_thread(decode)})
 
 
 async def _health(service: Service, request: Request) -> Response:

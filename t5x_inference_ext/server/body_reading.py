@@ -1,7 +1,8 @@
 """Read request bodies: JSON of limited size."""
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -9,14 +10,18 @@ from t5x_inference_ext.server.api_errors import ApiError, invalid
 from t5x_inference_ext.text_files import parse_json
 
 BODY_SECONDS = 30  # time limit for receiving a body
+_SHORT = 2**16  # bytes; longer bodies are parsed in another thread, so that all clients go on
+
+_T = TypeVar('_T')
 
 
-async def read_json(request: Request, most: int) -> Any:
-  """Return the value of a JSON body.
+async def read_body(request: Request, most: int, convert: Callable[[Any], _T]) -> _T:
+  """Return what `convert` makes of the value of a JSON body.
 
   Args:
     request: The request.
     most: Maximum number of bytes; further bytes are not read.
+    convert: Checks and converts the value. Called in another thread for a long body.
 
   Raises:
     ApiError: The body is not JSON in UTF-8, is too large, or does not arrive in time.
@@ -41,6 +46,12 @@ async def read_json(request: Request, most: int) -> Any:
     raise ApiError(408, f'the body did not arrive within {BODY_SECONDS} s') from None
   if not data:
     raise invalid('the body is empty: send a JSON object')
+  if len(data) <= _SHORT:
+    return convert(_json(data))
+  return await asyncio.to_thread(lambda: convert(_json(data)))
+
+
+def _json(data: bytearray) -> Any:
   try:
     return parse_json(data.decode())
   except UnicodeDecodeError as error:

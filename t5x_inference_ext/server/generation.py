@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 import contextlib
+import functools
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -16,7 +17,7 @@ from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.server.answers import HttpAnswer
 from t5x_inference_ext.server.api_errors import invalid
 from t5x_inference_ext.server.bodies import ChatBody, CompletionBody, GenerationBody, validated
-from t5x_inference_ext.server.body_reading import read_json
+from t5x_inference_ext.server.body_reading import read_body
 from t5x_inference_ext.server.forms import ChatForm, CompletionForm, usage
 from t5x_inference_ext.server.lockstep import PromptToScore
 from t5x_inference_ext.server.receipts import ReceiptWriter
@@ -35,7 +36,9 @@ _Form = CompletionForm | ChatForm
 async def complete(service: Service, request: Request) -> ASGIApp:
   """Answer POST /v1/completions."""
   service.check_open()
-  body = validated(CompletionBody, await read_json(request, service.options.max_body_bytes))
+  body = await read_body(
+    request, service.options.max_body_bytes, functools.partial(validated, CompletionBody)
+  )
   _check_body(service, body)
   prompts, translator = body.prompts, service.translator
   if service.options.log_prompts:
@@ -67,9 +70,8 @@ async def complete(service: Service, request: Request) -> ASGIApp:
 async def chat(service: Service, request: Request) -> ASGIApp:
   """Answer POST /v1/chat/completions."""
   service.check_open()
-  body = validated(ChatBody, await read_json(request, service.options.max_body_bytes))
+  body, messages, size = await read_body(request, service.options.max_body_bytes, _chat_of)
   _check_body(service, body)
-  messages = [message.model_dump(exclude_none=True) for message in body.messages]
   if service.options.log_prompts:
     request.state.record.update(prompts=messages)
 
@@ -84,8 +86,14 @@ async def chat(service: Service, request: Request) -> ASGIApp:
     return ChatForm(body, body.model or service.name, service.texts)
 
   # Render in another thread, since a template may take long even for short messages.
-  sizes = [size_of(messages) + size_of(body.tools)]
-  return await _answer(service, request, body, sizes, requests, form, in_thread=True)
+  return await _answer(service, request, body, [size], requests, form, in_thread=True)
+
+
+def _chat_of(value: Any) -> tuple[ChatBody, list[dict[str, Any]], int]:
+  """Return a chat's body, its messages as JSON, and their size with that of the tools."""
+  body = validated(ChatBody, value)
+  messages = [message.model_dump(exclude_none=True) for message in body.messages]
+  return body, messages, size_of(messages) + size_of(body.tools)
 
 
 def _check_body(service: Service, body: GenerationBody) -> None:

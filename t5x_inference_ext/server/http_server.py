@@ -12,6 +12,7 @@ import uvicorn
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.server.api_errors import unavailable
 from t5x_inference_ext.server.app import make_app
+from t5x_inference_ext.server.connections import Connection
 from t5x_inference_ext.server.options import ServerOptions
 from t5x_inference_ext.server.service import Service
 
@@ -38,10 +39,10 @@ def bind(options: ServerOptions) -> socket.socket:
       listener.bind(address)
       stack.pop_all()
       return listener
-  except OSError as error:
+  except (OSError, UnicodeError) as error:  # UnicodeError: no host can have this name
+    reason = error.strerror if isinstance(error, OSError) else 'not a name of a host'
     raise RequestError(
-      f"can't listen at {options.host}:{options.port} ({error.strerror}): choose another --port or "
-      '--host'
+      f"can't listen at {options.host}:{options.port} ({reason}): choose another --port or --host"
     ) from error
 
 
@@ -66,6 +67,7 @@ class HttpServer(uvicorn.Server):
     super().__init__(
       uvicorn.Config(
         make_app(service),
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,

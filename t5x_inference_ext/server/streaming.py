@@ -1,5 +1,6 @@
 """Answers as server-sent events."""
 
+import asyncio
 from collections.abc import AsyncIterator
 import contextlib
 import json
@@ -20,6 +21,7 @@ _HEADERS = [
   (b'cache-control', b'no-store'),
   (b'x-accel-buffering', b'no'),  # tells proxies not to buffer the events
 ]
+_END_SECONDS = 5  # seconds for a client to take the last event; then its connection is closed
 
 
 class EventStream:
@@ -51,16 +53,21 @@ class EventStream:
     """Send the events. Errors after the first event are events too: the status was already sent."""
     with self._stack:
       record = scope['state']['record']
+      last = b'data: [DONE]\n\n'
       try:
         await send({'type': 'http.response.start', 'status': 200, 'headers': _HEADERS})
         await in_time(receive, self._send_all(send), self._deadline)
       except (ClientDisconnect, OSError):
         record.update(left=True)
+        return
       except ApiError as error:
         record.update(error=error.message)
-        await _send(send, event_line(error.body), more=False)
-      else:
-        await _send(send, b'data: [DONE]\n\n', more=False)
+        last = event_line(error.body)
+      # End the rows and the answer now: a client that reads nothing may never take the last event.
+      self._stack.close()
+      with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # a shutdown cancels
+        async with asyncio.timeout(_END_SECONDS):
+          await _send(send, last, more=False)
 
   async def _send_all(self, send: Send) -> None:
     usage_field = {'usage': None} if self._body.includes_usage else {}

@@ -21,9 +21,10 @@ def parse_mesh(text: str) -> MeshShape:
   Raises:
     MeshError: The text is not three whole numbers above 0.
   """
-  sizes = parse_sizes(text.lower())
+  sizes = parse_sizes(text.lower()) if isinstance(text, str) else ()
   if len(sizes) != 3:
-    raise MeshError(f'a mesh is written XxYxZ, e.g. 2x2x2 or 1x1x1, got {text[:99]!r}')
+    got = text[:99] if isinstance(text, str) else text
+    raise MeshError(f'a mesh is written XxYxZ, e.g. 2x2x2 or 1x1x1, got {got!r}')
   return sizes
 
 

@@ -1,8 +1,7 @@
 """The sandbox that chat templates run in.
 
-Jinja's own sandbox keeps a template away from the file system and from Python's internal
-attributes. This sandbox also limits the number of steps and the sizes of values, so that a template
-can't use up time or memory.
+Jinja's own keeps a template away from files and from Python's internal attributes. This one also
+limits steps, time, sizes and memory: the operands and the result of each operation are checked.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +9,8 @@ import contextvars
 import datetime
 import functools
 import json
+import sys
+import time
 from typing import Any
 
 import jinja2
@@ -17,15 +18,21 @@ from jinja2 import ext, nodes, sandbox, visitor
 
 MAX_SIZE = 2**22  # maximum number of characters of a text, and of items of nested lists
 MAX_STEPS = 10**6  # maximum number of loop iterations and macro calls in one rendering
+MAX_SECONDS = 10  # maximum time of one rendering; templates of known models take milliseconds
 _MAX_NUMBER = 10**18
+_MAX_COUNT = 10**5  # maximum number of a filter that makes so many items or digits
+_MAX_FORMAT = 100  # maximum number of characters of a date's format
 # String methods whose result can be arbitrarily long, depending on a number.
 _METHODS = ('format', 'format_map', 'center', 'ljust', 'rjust', 'zfill', 'expandtabs', 'translate')
 _FILTERS = ('center', 'format', 'indent', 'wordwrap', 'urlize', 'pprint')
+_COUNTING = ('batch', 'slice', 'round')
+_CHEAP = ('length', 'count', 'first', 'default', 'd')  # not checked: they look at no item
+_BYTES = ('encode', 'to_bytes')  # methods that make bytes, which no check looks into
 
-# Number of list items whose inspection counts as one step.
-_ITEMS = 100
+_ITEMS, _MADE_BYTES = 100, 1024  # that many items inspected, or bytes made, count as one step
 
 _steps: contextvars.ContextVar[int] = contextvars.ContextVar('steps', default=0)
+_end: contextvars.ContextVar[float] = contextvars.ContextVar('end', default=float('inf'))
 
 
 class LimitExceeded(Exception):
@@ -37,8 +44,9 @@ class MessagesRefused(Exception):
 
 
 def start_steps() -> None:
-  """Reset the step counter, before a rendering."""
+  """Reset the step counter and the clock, before a rendering."""
   _steps.set(0)
+  _end.set(time.monotonic() + MAX_SECONDS)
 
 
 def compile_template(source: str) -> jinja2.Template:
@@ -57,24 +65,68 @@ class _Bounds(visitor.NodeTransformer):
 
   def _counted(self, node: Any) -> Any:
     self.generic_visit(node)
+    return self._body_counted(node)
+
+  def _body_counted(self, node: Any) -> Any:
     node.body.insert(0, nodes.Output([_filter(nodes.Const(''), 'count_step')]))
     return node
 
-  visit_For = visit_Macro = visit_CallBlock = _counted
+  visit_Macro = visit_CallBlock = _counted
+
+  def _test_counted(self, node: Any) -> Any:
+    self.generic_visit(node)
+    if node.test is not None:
+      node.test = nodes.And(_filter(nodes.Const(True), 'count_step'), node.test)
+    return node
+
+  visit_If = visit_CondExpr = _test_counted
+
+  def visit_For(self, node: Any) -> Any:  # noqa: N802
+    return self._body_counted(self._test_counted(node))
 
   def visit_Concat(self, node: Any) -> Any:  # noqa: N802
     self.generic_visit(node)
     node.nodes = [_filter(each, 'bounded') for each in node.nodes]
-    return _filter(node, 'bounded')
+    return _filter(node, 'made')
 
   def visit_AssignBlock(self, node: Any) -> Any:  # noqa: N802
     self.generic_visit(node)
-    node.filter = _filter(node.filter, 'bounded')
+    node.filter = _filter(node.filter, 'made')
     return node
+
+  def visit_Assign(self, node: Any) -> Any:  # noqa: N802
+    self.generic_visit(node)
+    node.node = _bounded_node(node.node)
+    return node
+
+  def visit_With(self, node: Any) -> Any:  # noqa: N802
+    self.generic_visit(node)
+    node.values = [_bounded_node(each) for each in node.values]
+    return node
+
+  def visit_Pair(self, node: Any) -> Any:  # noqa: N802
+    self.generic_visit(node)
+    node.key = _bounded_node(node.key)  # a key is hashed
+    return node
+
+  def visit_Compare(self, node: Any) -> Any:  # noqa: N802
+    self.generic_visit(node)
+    node.expr = _bounded_node(node.expr)
+    for each in node.ops:
+      each.expr = _bounded_node(each.expr)
+    return node
+
+  def visit_Getitem(self, node: Any) -> Any:  # noqa: N802
+    self.generic_visit(node)
+    return _filter(node, 'made') if isinstance(node.arg, nodes.Slice) else node
 
 
 def _filter(node: Any, name: str) -> nodes.Filter:
   return nodes.Filter(node, name, [], [], None, None)
+
+
+def _bounded_node(node: Any) -> Any:
+  return node if isinstance(node, nodes.Const) else _filter(node, 'bounded')
 
 
 class _Generation(ext.Extension):
@@ -102,25 +154,25 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
       ]
       if sizes != [left, right] and sizes[0] * sizes[1] > MAX_SIZE:
         raise LimitExceeded('makes a value that is too large')
-    return _bounded(super().call_binop(context, operator, left, right))
+    return _made(super().call_binop(context, operator, left, right))
+
+  def getitem(self, obj: Any, argument: Any) -> Any:
+    """Return an item, whose key is hashed."""
+    return super().getitem(obj, _bounded(argument))
 
   def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a function or a method."""
-    owner = getattr(function, '__self__', None)
-    if isinstance(owner, str):  # a method such as replace
-      given = sum(len(arg) for arg in args if isinstance(arg, (str, list, tuple)))
-      if (len(owner) + 1) * given > 16 * MAX_SIZE:
-        raise LimitExceeded('makes a text that is too long')
-      for arg in args:
-        _bounded(arg)
-    return _bounded(super().call(context, function, *args, **kwargs))
+    _check_replaced(getattr(function, '__self__', None), *args)
+    for arg in (*args, *kwargs.values()):
+      _bounded(arg)
+    return _made(super().call(context, function, *args, **kwargs))
 
   def wrap_str_format(self, value: Any) -> None:
     """Return None, so that Jinja does not wrap str.format; is_safe_attribute forbids it instead."""
 
   def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
     """Return whether a template may use an attribute."""
-    if isinstance(obj, str) and attr in _METHODS:
+    if attr in _BYTES or (isinstance(obj, str) and attr in _METHODS):
       return False
     return super().is_safe_attribute(obj, attr, value)
 
@@ -136,24 +188,38 @@ def _environment() -> jinja2.Environment:
   )
   filters: Mapping[str, Callable] = {**environment.filters, 'tojson': _to_json, 'join': _join}
   environment.filters = {
-    name: _with_bounds(function) for name, function in filters.items() if name not in _FILTERS
+    name: function if name in _CHEAP else _with_bounds(function, name)
+    for name, function in filters.items()
+    if name not in _FILTERS
   }
-  environment.filters |= {'bounded': _bounded, 'count_step': _count_step}
+  environment.filters |= {'bounded': _bounded, 'made': _made, 'count_step': _count_step}
+  environment.tests = {name: _with_bounds(test, name) for name, test in environment.tests.items()}
   environment.globals |= {'raise_exception': _refuse, 'strftime_now': _now}
   del environment.globals['lipsum']
   return environment
 
 
-def _with_bounds(function: Callable) -> Callable:
-  """Wrap a filter, so that the sizes of its arguments and of its result are checked."""
+def _with_bounds(function: Any, name: str) -> Callable:
+  """Wrap a filter or test, so that its arguments and the size of its result are checked."""
 
   @functools.wraps(function)  # copies Jinja's attribute that says which arguments the filter gets
   def bounded(*args: Any, **kwargs: Any) -> Any:
-    for arg in (*args, *kwargs.values()):
+    for arg in (given := (*args, *kwargs.values())):
       _bounded(arg)
-    return _bounded(function(*args, **kwargs))
+      if name in _COUNTING and isinstance(arg, int) and arg > _MAX_COUNT:
+        raise LimitExceeded(f'uses {name} with a number above {_MAX_COUNT}')
+    if name == 'replace':
+      _check_replaced(*(arg for arg in given if isinstance(arg, str)))
+    return _made(function(*args, **kwargs))
 
   return bounded
+
+
+def _check_replaced(text: Any = '', *args: Any) -> None:
+  """Raise LimitExceeded if a text's method such as `replace` may make too long a text of these."""
+  given = sum(len(arg) for arg in args if isinstance(arg, (str, list, tuple)))
+  if isinstance(text, str) and (len(text) + 1) * given > 16 * MAX_SIZE:
+    raise LimitExceeded('makes a text that is too long')
 
 
 def _bounded(value: Any) -> Any:
@@ -178,14 +244,22 @@ def _bounded(value: Any) -> Any:
   return value
 
 
+def _made(value: Any) -> Any:
+  """Return a new value unchanged; raise LimitExceeded if it or the sum of them is too large."""
+  _take_steps(sys.getsizeof(value, 0) // _MADE_BYTES)
+  return _bounded(value)
+
+
 def _take_steps(count: int) -> None:
   _steps.set(_steps.get() + count)
   if _steps.get() > MAX_STEPS:
-    raise LimitExceeded(f'takes more than {MAX_STEPS} steps')
+    raise LimitExceeded(f'takes more than {MAX_STEPS} steps, or makes more than 1 GB of values')
+  if time.monotonic() > _end.get():
+    raise LimitExceeded(f'takes more than {MAX_SECONDS} s')
 
 
 @jinja2.pass_context  # keeps Jinja from calling it at compile time
-def _count_step(context: Any, value: str) -> str:
+def _count_step(context: Any, value: Any) -> Any:
   _take_steps(1)
   return value
 
@@ -204,6 +278,8 @@ def _refuse(message: str) -> None:
 
 
 def _now(form: str) -> str:
+  if len(form) > _MAX_FORMAT:
+    raise LimitExceeded(f'uses a date format of more than {_MAX_FORMAT} characters')
   return datetime.datetime.now().strftime(form)
 
 
@@ -217,6 +293,8 @@ def _to_json(
   """Return a value as JSON, without the HTML escapes of Jinja's own filter."""
   if indent is not None and not 0 <= indent <= 16:
     raise LimitExceeded('asks for JSON with an indent above 16')
+  if separators is not None and sum(map(len, separators)) > 16:
+    raise LimitExceeded('asks for JSON with separators of more than 16 characters')
   return json.dumps(
     value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
   )

@@ -6,7 +6,7 @@ from typing import Any
 
 from t5x_inference_ext.errors import CheckpointError, RequestError, printable
 
-MAX_TEMPLATE = 2**20  # maximum number of characters; the longest known template has about 20,000
+MAX_TEMPLATE = 2**17  # maximum number of characters; the longest known template has about 20,000
 
 
 class ChatTemplate:
@@ -28,6 +28,7 @@ class ChatTemplate:
   def render(
     self,
     messages: Sequence[Mapping[str, Any]],
+    /,
     *,
     add_generation_prompt: bool = True,
     tools: Sequence[Any] | None = None,

@@ -160,6 +160,10 @@ def lora_settings(**changes):
     (lora_settings(r=3), r'smollm2.*lora_A.* shape \[2, 48\], but .*smollm2 needs \[3, 48\]'),
     (lora_settings(r=0), 'not a positive number'),
     (lora_settings(lora_alpha='4'), 'lora_alpha of model.layers.0.self_attn.q_proj is 4'),
+    (lora_settings(lora_alpha=1e300), r'is 1e\+300, not a positive number up to 1e\+09'),
+    (lora_settings(lora_alpha=float('inf')), r'is inf, not a positive number up to 1e\+09'),
+    (lora_settings(rank_pattern={'(.*)*(.*)*x': 2}), 'which repeats a group or has more than 4'),
+    (lora_settings(rank_pattern={'.*.*.*.*.*x': 2}), 'which repeats a group or has more than 4'),
     (lora_settings(rank_pattern={'(': 1}), 'not a regular expression'),
     (lora_settings(rank_pattern=[1]), 'rank_pattern is not a JSON object'),
     (lora_settings(peft_type='LOHA'), 'peft_type LOHA is not served; served are LORA, IA3'),
@@ -200,6 +204,14 @@ A, B = np.zeros((2, 48), np.float32), np.zeros((48, 2), np.float32)
     (
       {f'{MODULE}.lora_A.weight': A * np.nan, f'{MODULE}.lora_B.weight': B},
       'NaN or infinite values',
+    ),
+    (
+      {f'{MODULE}.lora_A.weight': A, f'{MODULE}.lora_B.weight': B + np.float32(2e38)},
+      'lora_B.weight times its scale: NaN or infinite values',  # the scale is 2
+    ),
+    (
+      {f'{MODULE}.lora_A.weight': A + np.float32(3.395e38), f'{MODULE}.lora_B.weight': B},
+      'lora_A.weight: NaN or infinite values',  # only in bfloat16
     ),
     (
       {f'{MODULE.replace("0", "3")}.lora_{x}.weight': A for x in 'AB'},

@@ -55,6 +55,7 @@ def config(**changes) -> ModelConfig:
 
 def test_missing_path(tmp_path):
   fails(tmp_path / 'no' / 'such', f'no checkpoint at {tmp_path}/no/such', 'no such directory')
+  fails('s3://bucket/checkpoint', 's3:// is not supported', 'gs://')
 
 
 def test_directory_that_can_not_be_read(tmp_path, monkeypatch):

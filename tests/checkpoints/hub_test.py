@@ -142,6 +142,13 @@ def test_what_is_not_there(hub, address, files, words):
   assert words in message and '\n' not in message and '\x1b' not in message
 
 
+def test_without_a_network(monkeypatch):
+  """A closed port of this machine: httpx's errors are none of OSError's."""
+  monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
+  with pytest.raises(CheckpointError, match="can't fetch hf:me/model: .*refused"):
+    open_checkpoint('hf:me/model')
+
+
 def test_without_the_library(monkeypatch):
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
   with pytest.raises(UserError, match=r't5x_inference_ext\[hub\]'):

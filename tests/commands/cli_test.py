@@ -97,6 +97,14 @@ def test_user_errors_are_one_line(capsys):
   assert capsys.readouterr().err == 'error: the path /x is wrong\n'
 
 
+def test_an_error_writes_no_control_characters(capsys):
+  def main(flags):
+    raise UserError('no file at a\x1b[31m:\n  one more')
+
+  assert run(main) == 2
+  assert capsys.readouterr().err == 'error: no file at a\\x1b[31m:\n  one more\n'
+
+
 def test_other_errors_keep_their_traceback():
   with pytest.raises(ZeroDivisionError):
     run(lambda flags: 1 / 0)

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 from t5x_inference_ext.checkpoints import convert
-from t5x_inference_ext.commands import infer
+from t5x_inference_ext.commands import convert_checkpoint, infer
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs import loading, memory, prompts_file
@@ -549,6 +549,18 @@ def test_a_static_batch_has_one_way_for_all(complaint):
   assert '`grammar` or `sampling`, which need batching=continuous' in complaint(
     '{"prompt": "a", "sampling": {"temperature": 1}}\n', '--batching=static'
   )
+
+
+def test_the_tutorial_shows_what_explain_layout_prints(command, palm_tiny, repository, tmp_path):
+  out = tmp_path / 'int8'
+  arguments = f'--input={palm_tiny}', f'--output={out}', '--weights=int8'
+  assert convert_checkpoint.run(['convert_checkpoint', *arguments]) == 0
+  layouts = '--prefill_layout=wg_xyz/batch', '--decode_layout=ws_2d/batch'
+  code, printed, _ = command(f'--checkpoint={out}', '--mesh=2x2x2', *layouts, '--explain_layout')
+  assert code == 0
+  tutorial = (repository / 'docs' / 'tutorial.md').read_text(encoding='utf-8')
+  shown = re.search(r'^  tensor .*\n(?:  .+\n)+', tutorial, re.MULTILINE)[0]
+  assert shown.count('\n') == 6 and shown in printed
 
 
 def test_help_shows_examples_and_flags(command):

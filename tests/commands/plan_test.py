@@ -83,9 +83,12 @@ def test_a_simulated_service_checks_drafts(capsys, tmp_path):
     assert words in ' '.join(capsys.readouterr().err.split())
 
 
-def test_the_report_ranks_breaks_down_and_says_why(capsys):
+def test_the_report_ranks_breaks_down_and_says_why(capsys, repository):
   assert run(*PALM) == 0
   out = capsys.readouterr().out
+  tutorial = (repository / 'docs' / 'tutorial.md').read_text(encoding='utf-8')
+  shown = re.search(r'^prefill +decode.*\n(?:.+/.+\n)+', tutorial, re.MULTILINE)[0]
+  assert shown.count('\n') == 3 and shown in out
   row = r'^(\w+/\w+) +(\w+/\w+)(?: \(1D\))? +(\S+) +64 +([\d.]+) s '
   rows = re.findall(row, out, re.MULTILINE)
   assert rows[0][:3] == ('wg_xyz/batch', 'ws_2d/batch', '4x4x4')

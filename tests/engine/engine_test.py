@@ -100,6 +100,8 @@ def test_bad_requests(engine, arguments, says):
     (dict(prompts=jnp.ones((2, 3))), 'prompt 0 holds 1.0: token ids are whole numbers'),
     (dict(prompts=np.ones((2, 3), bool)), 'prompt 0 holds True'),
     (dict(prompts=[['3'], [3]]), "prompt 0 holds '3'"),
+    (dict(prompts=[b'abc', [3]]), "prompt 0 must be token ids, got b'abc'"),
+    (dict(prompts=[[3], bytearray(b'abc')]), "prompt 1 must be token ids, got bytearray(b'abc')"),
     (dict(prompts=[[10**5000], [3]]), 'prompt 0 holds token '),
     (dict(max_new_tokens='8'), "max_new_tokens must be a whole number, got '8'"),
     (dict(max_new_tokens=None), 'max_new_tokens must be a whole number, got None'),
@@ -254,6 +256,7 @@ def test_what_can_t_be_scored(engine):
     ('3x1x1', 'd_model=256 does not divide over the 3 devices of the mesh 3x1x1'),
     ('2x2', 'a mesh is written XxYxZ'),
     ('0x1x1', 'a mesh is written XxYxZ'),
+    ((1, 1, 1), 'a mesh is written XxYxZ, e.g. 2x2x2 or 1x1x1, got (1, 1, 1)'),
   ],
 )
 def test_meshes_that_do_not_fit(palm_tiny, mesh, says):
@@ -280,6 +283,7 @@ def test_meshes_that_do_not_fit(palm_tiny, mesh, says):
     ),
     (dict(decode_layout='ws_1d/batch'), MeshError, 'use ws_1d for both phases, or for neither'),
     (dict(norm_scale='two'), RequestError, 'norm_scale must be one of zero, one'),
+    (dict(adapters=['a']), RequestError, "adapters must be a mapping of names to paths, got ['a']"),
   ],
 )
 def test_bad_loads(palm_tiny, arguments, error, says):
@@ -370,7 +374,8 @@ def test_prompts_that_are_texts(engine):
   assert by_text.text == engine.checkpoint.vocabulary.decode(by_text.tokens)
   stop = by_text.text[8:12]
   at = by_text.text.index(stop)
-  ((sample,),) = engine.complete([text], max_new_tokens=24, eos_id=-1, stop=[stop], top_log_probs=2)
+  # One stop text is not a sequence of letters.
+  ((sample,),) = engine.complete([text], max_new_tokens=24, eos_id=-1, stop=stop, top_log_probs=2)
   assert (sample.text, sample.finish_reason) == (by_text.text[:at], 'stop')
   assert sample.tokens == by_text.tokens[: len(sample.tokens)]
   assert engine.checkpoint.vocabulary.decode(sample.tokens) == by_text.text[: at + 4]

@@ -11,6 +11,10 @@ class TestKeys:
   def test_a_known_key(self, header):
     assert Keys(['two', 'one']).client({'authorization': header}) == 'key 1'
 
+  def test_a_key_that_is_not_ascii(self):
+    sent = 'Bearer schlüssel'.encode().decode('latin-1')  # as the HTTP server hands it over
+    assert Keys(['schlüssel']).client({'authorization': sent}) == 'key 0'
+
   @pytest.mark.parametrize(
     'headers', [{}, *({'authorization': h} for h in ('one', 'Basic one', 'Bearer on', 'Bearer '))]
   )

@@ -2,6 +2,8 @@
 
 import io
 import json
+import socket
+import threading
 import time
 
 import httpx
@@ -145,6 +147,51 @@ class TestLoad:
     steps = service.scheduler.steps
     until(lambda: not any(service.scheduler.rows))
     assert service.scheduler.steps - steps <= 3
+
+  @pytest.mark.parametrize(
+    'path, body',
+    [
+      ('/v1/completions', {'prompt': 'x', 'stop': [1] * 10**6}),
+      ('/v1/completions', dict.fromkeys(map(str, range(3 * 10**5)), 1)),
+      ('/v1/chat/completions', {'messages': [{'a': 1}] * (3 * 10**5)}),
+      ('/v1/completions', {'logit_bias': dict.fromkeys(map(str, range(3 * 10**5)), 'a')}),
+      ('/detokenize', {'tokens': [5.5] * (9 * 10**5)}),
+      ('/detokenize', {'tokens': [5] * 10**6}),
+    ],
+    ids=['stops', 'unknown fields', 'messages', 'biases', 'fractions', 'ids'],
+  )
+  def test_a_large_body_keeps_no_client_waiting(self, path, body):
+    """The second client's request begins while the first one's is checked."""
+    service, waits = stub_service(), []
+    content = json.dumps(body, separators=(',', ':'))
+    headers = {'content-type': 'application/json'}
+    with running(service) as url, client(url) as http, client(url) as other:
+      assert other.get('/health').status_code == 200
+      sender = threading.Thread(target=lambda: http.post(path, content=content, headers=headers))
+      sender.start()
+      while sender.is_alive():
+        begin = time.monotonic()
+        other.get('/health')
+        waits.append(time.monotonic() - begin)
+      sender.join()
+    assert len(waits) > 2 and max(waits) < 2
+
+  def test_a_client_that_reads_nothing_loses_its_slots_when_its_time_is_up(self):
+    options = ServerOptions(port=0, max_length=10**5, request_timeout=1)
+    service = stub_service(options, seconds=0.001)
+    body = {'prompt': 'x', 'max_tokens': 90_000, 'n': 16, 'stream': True, 'logprobs': 5}
+    content = json.dumps(body).encode()
+    head = (
+      'POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n'
+      f'content-length: {len(content)}\r\n\r\n'
+    )
+    with running(service) as url, socket.socket() as reader:
+      reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+      reader.connect(('127.0.0.1', httpx.URL(url).port))
+      reader.sendall(head.encode() + content)
+      until(lambda: service.load().slots_used == 16)
+      until(lambda: service.load().slots_used == 0 and not service.answers, seconds=20)
+      assert b'finished_reason="abort",model_name="stub"} 16.0' in service.metrics.text()
 
   def test_clients_take_turns(self, tmp_path):
     (tmp_path / 'keys').write_text('a\nb\n')

@@ -110,5 +110,7 @@ def test_an_address_that_is_taken_or_foreign():
     listener.listen()
     with pytest.raises(RequestError, match='Address already in use.*choose another --port'):
       bind(ServerOptions(port=listener.getsockname()[1]))
+  with pytest.raises(RequestError, match=r"can't listen at \.\.:0 \(not a name of a host\)"):
+    bind(ServerOptions(port=0, host='..'))
   with pytest.raises(RequestError, match="can't listen at 192.0.2.1:0"):
     bind(ServerOptions(port=0, host='192.0.2.1'))

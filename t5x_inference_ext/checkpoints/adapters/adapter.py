@@ -11,6 +11,7 @@ from t5x_inference_ext.checkpoints.manifest import checksum
 from t5x_inference_ext.errors import CheckpointError
 
 Floats = npt.NDArray[np.float32]
+_LARGEST = 3.389e38  # almost the largest number of bfloat16, in which adapters may be served
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +65,12 @@ def finite_floats(values: np.ndarray, name: str, path: str) -> Floats:
   """Return values as float32.
 
   Raises:
-    CheckpointError: They hold NaN or infinite values, which would reach rows of other adapters.
+    CheckpointError: They hold NaN, or values that are infinite in bfloat16, which would reach rows
+      of other adapters.
   """
-  found = values.astype(np.float32)
-  if not np.isfinite(found).all():
+  with np.errstate(over='ignore'):
+    found = values.astype(np.float32)
+  if not (np.abs(found) <= _LARGEST).all():
     raise CheckpointError(
       f'{name}: NaN or infinite values, read from {path}: take an adapter from before training '
       'diverged'

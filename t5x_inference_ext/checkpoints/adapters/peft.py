@@ -154,10 +154,13 @@ def _low_rank(modules: _Modules, stored: Mapping[str, Tensor]) -> dict[str, LowR
     inputs, outputs = modules.sizes(matrices)
     rank = modules.config.rank(path)
     a = modules.read(pair[0], stored[pair[0]], (rank, inputs)).T
-    b = modules.read(pair[1], stored[pair[1]], (outputs, rank)) * modules.config.scale(path)
+    b = modules.read(pair[1], stored[pair[1]], (outputs, rank))
     for matrix in matrices:
       factor = modules.modules.query_factor if matrix == 'query' else 1.0
-      columns = (modules.outputs(b, matrix).T * factor).astype(np.float32)
+      with np.errstate(over='ignore'):  # checked next
+        columns = modules.outputs(b, matrix).T * modules.config.scale(path) * factor
+      scaled = f'{printable(pair[1])} times its scale'
+      columns = finite_floats(columns, scaled, stored[pair[1]].path)
       found.setdefault(matrix, {})[layer] = a, columns
   if not found:
     raise CheckpointError(f'{modules.config.title}, holds no tensors')

@@ -32,6 +32,8 @@ _READ = {
 }
 # Initial values of a LoRA that leave the base model's own weights as they are.
 _INITIAL = (None, True, False, 'gaussian', 'eva')
+_MOST = 1e9  # largest rank or scale
+_REPETITIONS = 4  # maximum number of repetitions in a pattern of module paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,12 @@ class PeftConfig:
     """Return a number from a table of patterns of module paths, or the default setting."""
     found = self.settings.get(default)
     for pattern, value in (self.settings.get(patterns) or {}).items():
+      # Matching a repeated group of repetitions, or many repetitions, can take forever.
+      if re.search(r'\)[*+{]', pattern) or len(re.findall(r'[*+{]', pattern)) > _REPETITIONS:
+        raise CheckpointError(
+          f'{self.path}/{ADAPTER_CONFIG}: {patterns} holds {printable(pattern)}, which repeats a '
+          f'group or has more than {_REPETITIONS} repetitions: name the modules more plainly'
+        )
       try:
         matches = re.match(rf'(.*\.)?({pattern})$', module)
       except re.error as e:
@@ -77,10 +85,11 @@ class PeftConfig:
       if matches:
         found = value
         break
-    if isinstance(found, bool) or not isinstance(found, int | float) or not found > 0:
+    valid = isinstance(found, int | float) and not isinstance(found, bool) and 0 < found <= _MOST
+    if not valid:
       raise CheckpointError(
         f'{self.path}/{ADAPTER_CONFIG}: {default} of {printable(module)} is '
-        f'{printable(found, 80)}, not a positive number'
+        f'{printable(found, 80)}, not a positive number up to {_MOST:g}'
       )
     return found
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from t5x_inference_ext.errors import CheckpointError, printable
 
+# Numbers whose float32, and its inverse, is neither 0 nor infinite.
+_LEAST, _MOST = 1e-37, 1e37
 _MAX_INTEGER, _MAX_LAYERS = 2**31, 10_000
 # Stands for "no default": the setting must be present.
 REQUIRED: Any = object()
@@ -104,9 +106,9 @@ class Settings:
   def number(self, *names: str, default: Any = REQUIRED) -> float:
     """Return a number above 0."""
     value = self.value(*names, default=default)
-    is_number = type(value) in (int, float) and 0 < value < 1e300
+    is_number = type(value) in (int, float) and _LEAST < value < _MOST
     if value is not default and not is_number:
-      raise self.error(names[0], value, 'it must be a number above 0')
+      raise self.error(names[0], value, 'it must be a number above 0, in the range of float32')
     return value if value is default else float(value)
 
   def whole(self, name: str, default: int) -> int:
