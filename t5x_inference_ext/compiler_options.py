@@ -1,10 +1,13 @@
-"""Compiler options for each kind of device, equal for all programs of this package.
+"""Compiler options for each kind of device, equal for all programs of this package; int4 arguments.
 
 `infer`, the server, the T5X adapter and precompile all use them, so that precompile's reports hold
 for the programs that run.
 """
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 # Each option makes a collective asynchronous: a start and an end, with other work between. Without
 # the options, v4 and v5p run all-gathers and all-to-alls synchronously (docs/tpu_v4_tuning.md has
@@ -35,3 +38,18 @@ def compiler_options(device: jax.Device) -> dict[str, str | bool] | None:
     device: A device of that kind. It need not exist on this machine.
   """
   return _OF_KIND.get(device.device_kind)
+
+
+def take_int4(compiled: jax.stages.Compiled) -> jax.stages.Compiled:
+  """Let a program that was compiled ahead, or loaded, take int4 arrays; return it.
+
+  Such a program compares the memory layouts of arrays with its own ones. JAX leaves the bits of an
+  element out of the layout of an int4 array, and not out of that of a program, so they always
+  differ. A jitted function compares none, and runs with these arrays.
+  """
+  executable: Any = compiled._executable
+  executable._xla_in_layouts = [
+    None if argument.dtype == jnp.int4 else layout
+    for argument, layout in zip(executable.in_avals, executable._xla_in_layouts)
+  ]
+  return compiled
