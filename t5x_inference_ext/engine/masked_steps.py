@@ -140,6 +140,7 @@ class DraftedMaskedSteps(MaskedSteps):
     made = timed_run(
       done, 'make_drafts', lambda: self._make(table, False, self.prices.prices), wait
     )
+    made = self._executor.fetch(made)  # as in `choose`: arrays of devices have other programs
     for read, shared in self._sizes:
       timed_run(
         done,

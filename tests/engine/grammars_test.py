@@ -204,8 +204,10 @@ def test_text_that_a_grammar_forces_is_drafted(engine):
   hot = [SamplingParams(), SamplingParams(1.0), SamplingParams(0.5, top_k=3, min_new_tokens=2)]
   options = dict(max_new_tokens=80, grammar=schema, sampling=hot, seeds=[1, 2, 3])
   prompts = ['def f(', 'class A', '# ']
-  plain = complete(engine, prompts, **options)
-  assert complete(engine, prompts, **options, speculate='ngram:4') == plain
+  plain, drafted = (complete(engine, prompts, **options, speculate=s) for s in (None, 'ngram:4'))
+  assert [(s.tokens, s.finish_reason) for s in drafted] == [
+    (s.tokens, s.finish_reason) for s in plain
+  ]
   core = engine.core.streams(**OPTIONS, speculate='ngram:4').scheduler
   free = np.asarray([1.0, 1.01, 1.02][: len(core._decoder._masked.prices.prices)], np.float32)
   core._decoder._masked.prices = mock.Mock(tries_plain=False, next=lambda: free)
