@@ -1,12 +1,14 @@
-"""Compiler options for each kind of device, equal for all programs of this package.
+"""Compiler options for each kind of device, equal for all programs of this package; int4 arguments.
 
 `infer`, the server, the T5X adapter and precompile all use them, so that precompile's reports hold
 for the programs that run.
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from t5x_inference_ext import params
 
@@ -49,3 +51,18 @@ def compiler_options(
   if device.device_kind.startswith('TPU') and any(table in scaled for table in params.TABLES):
     return {**(options or {}), **_NO_WEIGHT_IS_KEPT}
   return options
+
+
+def take_int4(compiled: jax.stages.Compiled) -> jax.stages.Compiled:
+  """Let a program that was compiled ahead, or loaded, take int4 arrays; return it.
+
+  Such a program compares the memory layouts of arrays with its own ones. JAX leaves the bits of an
+  element out of the layout of an int4 array, and not out of that of a program, so they always
+  differ. A jitted function compares none, and runs with these arrays.
+  """
+  executable: Any = compiled._executable
+  executable._xla_in_layouts = [
+    None if argument.dtype == jnp.int4 else layout
+    for argument, layout in zip(executable.in_avals, executable._xla_in_layouts)
+  ]
+  return compiled

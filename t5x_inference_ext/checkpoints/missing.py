@@ -3,6 +3,7 @@
 import os
 
 from t5x_inference_ext.checkpoints import serving, storage, unfinished
+from t5x_inference_ext.checkpoints.adapters.peft_config import ADAPTER_CONFIG
 from t5x_inference_ext.checkpoints.readers import legacy, orbax
 from t5x_inference_ext.checkpoints.readers.huggingface import HUGGINGFACE_CONFIG
 from t5x_inference_ext.checkpoints.readers.safetensors import SAFETENSORS, SAFETENSORS_INDEX
@@ -32,6 +33,11 @@ def missing_checkpoint(path: str) -> str:
     return f'{path} is not a checkpoint: {expected}; this is a file'
   if not os.access(path, os.R_OK | os.X_OK):
     return f"can't read {path}: permission denied"
+  if os.path.isfile(os.path.join(path, ADAPTER_CONFIG)):
+    return (
+      f'{path} is an adapter, not a checkpoint: give it beside the checkpoint of its model, with '
+      '--adapters=NAME=DIR'
+    )
   return f'{path} is not a checkpoint: {expected}' + (
     _hint(path) or '; this one holds ' + (_listing(os.listdir(path)) or 'nothing')
   )

@@ -81,7 +81,10 @@ from t5x_inference_ext.runs.replay import replay
 from t5x_inference_ext.text_files import check_extra
 
 EQUAL, DIFFERENT = 0, 1  # exit codes of a replay
-_REPLAY_TAKES = ('checkpoint', 'vocabulary', 'scan_layers', 'batch_size', *CONVENTION_NAMES)
+_REPLAY_TAKES = (
+  *('checkpoint', 'vocabulary', 'scan_layers', 'batch_size', 'adapters'),
+  *CONVENTION_NAMES,
+)
 EXPLAINED_PROMPT = 512  # prompt tokens that --explain_layout assumes without --cache_length
 
 

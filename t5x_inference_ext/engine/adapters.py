@@ -35,9 +35,11 @@ class AdapterNames:
   Attributes:
     prompts: Name -> token ids of the adapter's soft prompt, from V on; () if it has none. Adapter i
       of the mapping has the number i + 1 in rows; 0 is no adapter.
+    checksums: Name -> CRC-32 of the adapter's values.
   """
 
   prompts: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+  checksums: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def of(cls, adapters: Mapping[str, Adapter], vocab_size: int) -> 'AdapterNames':
@@ -47,7 +49,7 @@ class AdapterNames:
       count = 0 if adapter.prompt is None else len(adapter.prompt)
       prompts[name] = tuple(range(first, first + count))
       first += count
-    return cls(prompts)
+    return cls(prompts, {name: adapter.crc32 for name, adapter in adapters.items()})
 
   def number(self, name: str | None) -> int:
     """Return the number of an adapter in rows; 0 for None.

@@ -3,13 +3,13 @@
 import collections
 from collections.abc import Iterator, Sequence
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from t5x_inference_ext.engine.draft_width import verify_widths
 from t5x_inference_ext.engine.executor import Executor
-from t5x_inference_ext.engine.grammars import masks_of
+from t5x_inference_ext.engine.masked_steps import BegunStep, masked_steps, row_masks
 from t5x_inference_ext.engine.prefilling import Prompt, ReadyRow
 from t5x_inference_ext.engine.request import Handle, Request, TopLogProbs
 from t5x_inference_ext.engine.rows import Row
@@ -20,7 +20,6 @@ from t5x_inference_ext.engine.slots import StepsOutput
 from t5x_inference_ext.engine.state import ChosenTokens
 from t5x_inference_ext.engine.stats import DraftStats
 from t5x_inference_ext.engine.step_prices import TRIAL_STEPS, StepPrices
-from t5x_inference_ext.engine.token_choice import TokenMasks
 from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
 
 
@@ -47,13 +46,15 @@ class NewTokens(NamedTuple):
 class _Started(NamedTuple):
   """A started program: the row in each slot, its output arrays, and whether it runs decode steps.
 
-  `begun` is the start time of decode steps whose duration will be measured; None for others.
+  `begun` is the start time of decode steps whose duration will be measured, for `prices`; None for
+  others.
   """
 
   rows: dict[int, Row]
   output: StepsOutput
   steps: bool
   begun: float | None = None
+  prices: StepPrices | None = None
 
 
 class Decoder:
@@ -75,14 +76,17 @@ class Decoder:
     self, executor: Executor, config: SchedulerConfig, vocab_size: int, *, grammars: bool = False
   ) -> None:
     self._executor, self._config = executor, config
-    self._vocab_size, self._grammars = vocab_size, grammars
+    self._vocab_size = vocab_size
+    self._masked = masked_steps(executor, config, vocab_size) if grammars else None
     self._started: collections.deque[_Started] = collections.deque()
     self.decoded = self.generated = 0
     self.drafts = DraftStats()
     self._prices: StepPrices | None = None
     if config.speculate is not None:
       self._prices = StepPrices((0, *verify_widths(config.speculate.most)))
-    self._timed: set[tuple[int, int]] = set()  # programs whose first run, a compilation, is over
+    # Programs whose first run, a compilation, is over.
+    self._timed: set[tuple[int, int]] = set()
+    self._timed_masked: set[tuple[int, int]] = set()
     self._read_at = 0.0
 
   @property
@@ -123,7 +127,7 @@ class Decoder:
       tokens,
       len(ready.prompt.tokens),
       len(row.tokens),
-      self._masks([row]) if self._grammars else None,
+      row_masks([row], self._vocab_size) if self._masked is not None else None,
     )
     row.started.append(1)
     self._started.append(_Started({slot: row}, output, False))
@@ -151,33 +155,36 @@ class Decoder:
       steps = min(steps, TRIAL_STEPS)
     output = self._decode(table, steps, until_free, *reads)
     drafts = self._config.most_tokens - self._config.decode_steps
-    self._start_steps(table, output, steps + drafts, begun if timed else None)
+    begun_at = begun if timed else None
+    self._start_steps(table, output, steps + drafts, begun_at, self._prices)
     self._timed.add(reads)
 
-  def decode_logits(self, table: SlotTable) -> Any:
-    """Start a decode step for all slots, up to its logits [B, V]; return the logits.
+  def begin_masked(self, table: SlotTable, waited: bool) -> BegunStep:
+    """Begin a step for all slots, some of which have grammars. See masked_steps.MaskedSteps."""
+    assert self._masked is not None
+    return self._masked.begin(table, waited)
 
-    Args:
-      table: Table of the slots, in which every row must have the page that it needs.
-    """
-    sizes = self._config.logits_reads(self._executor.shards)
-    return self._decode_logits(table, *next(x for x in sizes if x[0] >= table.pool.highest))
-
-  def choose_masked(self, table: SlotTable, logits: Any) -> None:
-    """Start the choice of each row's next token, as the rows' grammars allow.
+  def choose_masked(
+    self, table: SlotTable, begun: BegunStep, after: str | None = 'prefill'
+  ) -> None:
+    """End a step that has begun: start to choose tokens as the rows' grammars allow.
 
     Args:
       table: Table of the slots. All tokens of rows with grammars must have been read.
-      logits: From `decode_logits`.
+      begun: From `begin_masked`.
+      after: See `decode`.
     """
-    self._start_steps(table, self._choose(table, logits), 1)
-
-  def _choose(self, table: SlotTable, logits: Any) -> StepsOutput:
-    return self._executor.choose_masked(logits, table.alive.copy(), self._masks(table.rows))
-
-  def _masks(self, rows: Sequence[Row | None]) -> TokenMasks:
-    matchers = [(row.matcher, row.end_ids) if row and row.matcher else None for row in rows]
-    return masks_of(matchers, self._vocab_size)
+    assert self._masked is not None
+    reads = self._masked.reads(table)
+    compiled = reads in self._timed_masked
+    if after or not compiled:
+      self._started = collections.deque(each._replace(begun=None) for each in self._started)
+    output = self._masked.choose(table, begun, *reads)
+    timed = compiled and after != 'prefill'
+    self._start_steps(
+      table, output, self._masked.most, begun.time if timed else None, self._masked.prices
+    )
+    self._timed_masked.add(reads)
 
   def _reads(self, table: SlotTable) -> tuple[int, int]:
     """Return the numbers of own pages and of shared pages that the next step must read."""
@@ -187,16 +194,17 @@ class Decoder:
     )
 
   def _start_steps(
-    self, table: SlotTable, output: StepsOutput, tokens: int, begun: float | None = None
+    self,
+    table: SlotTable,
+    output: StepsOutput,
+    tokens: int,
+    begun: float | None,
+    prices: StepPrices | None,
   ) -> None:
     rows = {slot: row for slot, row in enumerate(table.rows) if row is not None}
     for row in rows.values():
       row.started.append(tokens)
-    self._started.append(_Started(rows, output, True, begun))
-
-  def _decode_logits(self, table: SlotTable, read: int, read_shared: int) -> Any:
-    alive, adapters = table.alive.copy(), table.adapters.copy()
-    return self._executor.decode_logits(table.pages(), alive, read, read_shared, adapters)
+    self._started.append(_Started(rows, output, True, begun, prices))
 
   def _decode(
     self, table: SlotTable, steps: int, until_free: bool, read: int, read_shared: int
@@ -236,17 +244,8 @@ class Decoder:
         read_shared=shared,
       )
       self._timed.add((read, shared))
-    if self._grammars:
-      for read, shared in self._config.logits_reads(shards):
-        logits = timed_run(
-          done,
-          'decode_logits',
-          lambda: self._decode_logits(table, read, shared),  # noqa: B023  # runs at once
-          wait,
-          read=read,
-          read_shared=shared,
-        )
-      timed_run(done, 'choose_masked', lambda: self._choose(table, logits), wait)
+    if self._masked is not None:
+      self._timed_masked |= self._masked.warm_up(table, done)
     self._started.clear()
 
   def read(self, *, leave: int = 0) -> Iterator[NewTokens]:
@@ -277,15 +276,15 @@ class Decoder:
     generated, steps = int(output.counts.sum()), int(output.counts.max())
     self.generated += generated
     work = output.work
-    if work is None or self._prices is None:
+    if work is None:
       self.decoded += steps * self._config.slots
       return
     self.decoded += int(work.passes.sum()) * self._config.slots
     new = DraftStats(int(work.rows), generated, int(work.drafted), int(work.accepted))
     self.drafts = self.drafts.plus(new)
     now = self._executor.now()
-    if started.begun is not None:
-      self._prices.add(now - max(started.begun, self._read_at), np.asarray(work.passes))
+    if started.begun is not None and started.prices is not None:
+      started.prices.add(now - max(started.begun, self._read_at), np.asarray(work.passes))
     self._read_at = now
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from t5x_inference_ext.engine.advance import advance
 from t5x_inference_ext.engine.drafting import DraftState, note_tokens
 from t5x_inference_ext.engine.state import ChosenTokens, DecodeState, RowParams
+from t5x_inference_ext.engine.token_choice import TokenMasks
 
 
 class CheckedDrafts(NamedTuple):
@@ -63,6 +64,7 @@ def choose_checked(
   drafting: DraftState,
   out: ChosenTokens,
   checked: CheckedDrafts,
+  masks: TokenMasks | None = None,
 ) -> DraftChoice:
   """Choose each row's tokens, up to the first one that differs from its draft.
 
@@ -73,6 +75,8 @@ def choose_checked(
     drafting: Tokens of the rows.
     out: Tokens of each row since the program began; new tokens are added to them.
     checked: Drafts and logits.
+    masks: Tokens that grammars allow, with `allowed` [K + 1, B, W]: next, and after each token of
+      the draft. None: no row has a grammar.
   """
   logits, drafts, counts, width, lengths = checked
   row = jnp.arange(len(counts))
@@ -84,7 +88,8 @@ def choose_checked(
     step, was, position = choice.step, choice.state, lengths + 1 + choice.step
     now = lax.dynamic_index_in_dim(logits, step, 1, keepdims=False)
     state = dataclasses.replace(was, ended=was.ended | ~choice.going)
-    state, chosen = advance(rows, state, now, position)
+    may = masks and masks._replace(allowed=lax.dynamic_index_in_dim(masks.allowed, step, 0, False))
+    state, chosen = advance(rows, state, now, position, masks=may)
     made = state.counts > was.counts
     ended = jnp.where(choice.going, state.ended, was.ended)
     tokens = jnp.where(choice.going, state.tokens, was.tokens)

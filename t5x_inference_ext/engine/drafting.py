@@ -26,6 +26,9 @@ USUAL_TOKENS = 4.0
 DECAY, USUAL_DECAY = 0.9, 0.98
 # In a step that adds nothing to a row's counts, they move towards the usual ones by this share.
 RETURN = 0.005
+# Acceptance rate to expect of drafts that a grammar forces, which have the last grade. Only how the
+# forced text is split into tokens is a guess.
+FORCED_RATE = 0.9
 # Highest acceptance rate to expect: a row may accept everything for a while, but not forever.
 HIGHEST_RATE = 0.98
 
@@ -54,7 +57,8 @@ class Outlook(NamedTuple):
 
   Attributes:
     counts: [B] int32. Number of tokens of the draft; 0 if the row gets none.
-    grades: [B] int32. Grade of the draft, 0 to G - 1: acceptance is counted for each grade.
+    grades: [B] int32. Grade of the draft, 0 to G - 1: acceptance is counted for each grade. Drafts
+      that a grammar forces have grade G - 1, all others one below.
     sources: [B] int32. Values that `outlook` passes to `draft`, such as the position in the row
       after which the draft is copied.
     first: [B] int32. The first token of the draft; -1 if it is not known before it is made.
@@ -93,7 +97,7 @@ class Drafter(Protocol):
 
   @property
   def expected(self) -> tuple[float, ...]:
-    """For each grade, the acceptance rate to expect before any draft token was checked."""
+    """For each grade but the last, the acceptance rate to expect before any token was checked."""
 
   def start(self, weights: Any, rows: int, size: int) -> Any:
     """Return the drafter's own state for `rows` rows of up to `size` tokens, or None."""
@@ -128,7 +132,7 @@ def empty_drafting(drafter: Drafter, weights: Any, rows: int, size: int) -> Draf
     size: S, the maximum number of tokens of a row.
   """
   tokens = jnp.zeros((rows, size), jnp.int32)
-  expected: Any = jnp.asarray(drafter.expected, jnp.float32)
+  expected: Any = jnp.asarray([*drafter.expected, FORCED_RATE], jnp.float32)
   usual = jnp.stack([expected, jnp.ones_like(expected)], axis=1) * USUAL_TOKENS
   seen = jnp.broadcast_to(usual, (rows, *usual.shape))
   return DraftState(tokens, seen, usual, drafter.start(weights, rows, size))

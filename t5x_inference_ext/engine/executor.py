@@ -86,14 +86,6 @@ class Executor(Protocol):
     With prices, steps may check drafts. See speculative_steps.speculative_steps.
     """
 
-  def decode_logits(
-    self, pages: SlotPages, alive: np.ndarray, read: int, read_shared: int, adapters: np.ndarray
-  ) -> Any:
-    """Run a decode step up to its logits, and return them. See slot_steps.decode_logits."""
-
-  def choose_masked(self, logits: Any, alive: np.ndarray, masks: TokenMasks) -> StepsOutput:
-    """Choose the next token of each slot from logits. See slot_steps.choose_masked."""
-
   def fetch(self, output: StepsOutput) -> StepsOutput:
     """Wait for a program's output, and return it as numpy arrays."""
 
@@ -115,6 +107,10 @@ class DeviceExecutor:
     weights: Weights on that mesh.
     config: Sizes that the programs are compiled for.
     drafter: Drafter of config.speculate, if it is open already; None: it is opened here.
+
+  Attributes:
+    drafter: Makes drafts; None without config.speculate.
+    draft_weights: Weights of the drafter; None if it has none.
 
   Raises:
     UserError: The draft model of the config can't be used.
@@ -145,15 +141,15 @@ class DeviceExecutor:
     any_row = slot_row(
       SamplingParams(), model.config.vocab_size, seed=0, limit=1, top_width=config.top_log_probs
     )
-    self._drafter, self._draft_weights = drafter or Drafters(model).open(config.speculate)
+    self.drafter, self.draft_weights = drafter or Drafters(model).open(config.speculate)
     self._slots = programs.empty_slots(
       model,
       weights,
       any_row,
       config=config,
       shards=self.shards,
-      draft_weights=self._draft_weights,
-      drafter=self._drafter,
+      draft_weights=self.draft_weights,
+      drafter=self.drafter,
     )
 
   def start_prefill(self, copies: BlockCopies | None) -> None:
@@ -170,7 +166,7 @@ class DeviceExecutor:
   ) -> None:
     """Run the next tokens of the prompts."""
     self._prompts = programs.prefill_chunk(
-      self._model, self._prompts, self._weights_for(adapters), tokens, counts, read=read
+      self._model, self._prompts, self.weights_for(adapters), tokens, counts, read=read
     )
 
   def save_blocks(self, copies: BlockCopies) -> None:
@@ -191,9 +187,8 @@ class DeviceExecutor:
     masks: TokenMasks | None,
   ) -> StepsOutput:
     """Put a prompt into a slot, and choose its next token."""
-    self._slots, output = programs.insert(
-      self._model,
-      self._slots,
+    return self.on_slots(
+      programs.insert,
       self._weights,
       self._prompts,
       np.int32(place),
@@ -204,10 +199,9 @@ class DeviceExecutor:
       np.int32(length),
       np.int32(generated),
       masks,
-      self._draft_weights,
-      drafter=self._drafter,
+      self.draft_weights,
+      drafter=self.drafter,
     )
-    return _on_its_way(output)
 
   def decode_steps(
     self,
@@ -221,37 +215,29 @@ class DeviceExecutor:
     adapters: np.ndarray,
   ) -> StepsOutput:
     """Run decode steps of all slots."""
-    state = self._model, self._slots, self._weights_for(adapters)
-    rest = pages, alive, np.int32(steps), np.bool_(until_free)
+    state = self.weights_for(adapters), pages, alive, np.int32(steps), np.bool_(until_free)
     sizes: dict[str, Any] = dict(most=self._config.decode_steps, read=read, read_shared=read_shared)
     if prices is None:
-      self._slots, output = programs.decode_steps(*state, *rest, **sizes)
-    else:
-      self._slots, output = programs.speculative_steps(
-        *state, *rest, prices, self._draft_weights, drafter=self._drafter, **sizes
-      )
-    return _on_its_way(output)
+      return self.on_slots(programs.decode_steps, *state, **sizes)
+    drafts = prices, self.draft_weights
+    return self.on_slots(programs.speculative_steps, *state, *drafts, drafter=self.drafter, **sizes)
 
-  def decode_logits(
-    self, pages: SlotPages, alive: np.ndarray, read: int, read_shared: int, adapters: np.ndarray
-  ) -> jax.Array:
-    """Run a decode step up to its logits [B, V], and return them."""
-    state = self._model, self._slots, self._weights_for(adapters)
-    self._slots, logits = programs.decode_logits(
-      *state, pages, alive, read=read, read_shared=read_shared
-    )
-    return logits
+  def on_slots(self, program: programs.Program, *arguments: Any, **sizes: Any) -> Any:
+    """Run a program that returns the slots and an output; return the output.
 
-  def choose_masked(self, logits: jax.Array, alive: np.ndarray, masks: TokenMasks) -> StepsOutput:
-    """Choose the next token of each slot from logits."""
-    self._slots, output = programs.choose_masked(self._model, self._slots, logits, alive, masks)
-    return _on_its_way(output)
+    Args:
+      program: Program of engine/programs.py, a function of model, slots and the other arguments.
+      *arguments: Further arguments.
+      **sizes: Static arguments.
+    """
+    self._slots, output = program(self._model, self._slots, *arguments, **sizes)
+    return _on_its_way(output) if isinstance(output, tuple) else output  # logits stay
 
-  def _weights_for(self, adapters: np.ndarray) -> Weights:
+  def weights_for(self, adapters: np.ndarray) -> Weights:
     """Return the weights for rows with these adapters, if any adapter is loaded."""
     return self._weights.for_rows(adapters if self._weights.has_adapters else None)
 
-  def fetch(self, output: StepsOutput) -> StepsOutput:
+  def fetch(self, output: Any) -> Any:
     """Wait for a program's output, and return it as numpy arrays."""
     return jax.device_get(output)
 
@@ -269,7 +255,7 @@ class DeviceExecutor:
     return time.perf_counter()
 
 
-def _on_its_way(output: StepsOutput) -> StepsOutput:
+def _on_its_way(output: Any) -> Any:
   """Start to copy an output to the host, so that a later read waits less; return the output."""
   for array in jax.tree.leaves(output):
     if isinstance(array, jax.Array):

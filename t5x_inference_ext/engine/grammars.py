@@ -31,18 +31,16 @@ class GrammarMatcher:
 
   Args:
     matcher: An llguidance.LLMatcher used for this row only: its limits count every use.
+    tokenizer: The model's tokens, an llguidance.LLTokenizer.
     vocab_size: V.
 
   Attributes:
     error: The reason why no further token can be chosen; None while one can.
-    exhausted: Whether the tokens so far satisfy the grammar, no token of the vocabulary can follow,
-      and the row has no end token.
   """
 
-  def __init__(self, matcher: Any, vocab_size: int) -> None:
-    self._matcher, self._vocab_size = matcher, vocab_size
+  def __init__(self, matcher: Any, tokenizer: Any, vocab_size: int) -> None:
+    self._matcher, self._tokenizer, self._vocab_size = matcher, tokenizer, vocab_size
     self.error: str | None = None
-    self.exhausted = False
 
   @property
   def accepting(self) -> bool:
@@ -82,7 +80,60 @@ class GrammarMatcher:
     for token in end_ids:
       if 0 <= token < self._vocab_size:
         _set_bit(mask, token, accepting)
-    self.exhausted = accepting and not mask.any()
+
+  def exhausted(self, end_ids: Sequence[int]) -> bool:
+    """Return whether the text so far satisfies the grammar and neither token nor end can follow."""
+    masks = np.zeros((1, mask_words(self._vocab_size)), np.uint32)
+    self.fill(masks, 0, end_ids)
+    return self.error is None and self.accepting and not masks.any()
+
+  def draft(self, proposed: Sequence[int], most: int) -> tuple[list[int], bool]:
+    """Return a draft of the next tokens, and whether the grammar forces their text.
+
+    The draft is `proposed` up to the first token that the grammar forbids; or the text that the
+    grammar forces, if that has more tokens. How the text is split into tokens is a guess.
+
+    Args:
+      proposed: Token ids of a draft that ignores the grammar.
+      most: Maximum number of tokens.
+    """
+    if self.error is not None:
+      return [], False
+    walk = self._matcher.deep_copy()  # an error of a copy is none of the row
+    kept = list(proposed[: walk.validate_tokens(list(proposed))])
+    forced = walk.compute_ff_bytes().decode(errors='ignore')
+    tokens = self._tokenizer.greedy_tokenize(forced) if forced else []
+    return (tokens[:most], True) if len(tokens) > len(kept) else (kept[:most], False)
+
+  def fill_draft(
+    self, masks: np.ndarray, row: int, end_ids: Sequence[int], draft: Sequence[int]
+  ) -> int:
+    """Write the masks of the next token, and of the token after each token of a draft.
+
+    Args:
+      masks: [K + 1, B, W] uint32, with K at least the length of the draft. All zeros.
+      row: Row of the masks.
+      end_ids: See `fill`.
+      draft: Token ids.
+
+    Returns:
+      The number of tokens of the draft up to which masks are known. The row can't go on after
+      further tokens, or they are forbidden.
+    """
+    self.fill(masks[0], row, end_ids)
+    if self.error is not None:
+      return 0
+    walk = GrammarMatcher(self._matcher.deep_copy(), self._tokenizer, self._vocab_size)
+    for i, token in enumerate(draft):
+      if token in end_ids or not masks[i, row, token // 32] >> np.uint32(token % 32) & 1:
+        return i
+      walk.push(token)
+      if walk.complete:
+        return i
+      walk.fill(masks[i + 1], row, end_ids)
+      if walk.error is not None:
+        return i
+    return len(draft)
 
   def _fail(self) -> None:
     self.error = f"the row's grammar can't be followed any further: {match_error(self._matcher)}"
@@ -151,7 +202,7 @@ class Grammars:
   def compiled(self, grammar: Grammar, samples: int) -> list[GrammarMatcher]:
     """Return a matcher for each sample of a grammar that this or another process has checked."""
     return [
-      GrammarMatcher(compile_grammar(grammar, self._tokenizer), self._vocab_size)
+      GrammarMatcher(compile_grammar(grammar, self._tokenizer), self._tokenizer, self._vocab_size)
       for _ in range(samples)
     ]
 

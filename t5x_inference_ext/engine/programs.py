@@ -17,7 +17,14 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext import params
 from t5x_inference_ext.compiler_options import compiler_options
-from t5x_inference_ext.engine import prefix_store, prompts, slot_steps, slots, static_batch
+from t5x_inference_ext.engine import (
+  masked_drafts,
+  prefix_store,
+  prompts,
+  slot_steps,
+  slots,
+  static_batch,
+)
 from t5x_inference_ext.engine import speculative_steps as speculative_steps_module
 from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
 from t5x_inference_ext.errors import RequestError
@@ -98,7 +105,8 @@ def put(model: Model, *arrays: Any) -> Any:
     return jax.device_put(arrays, NamedSharding(model.mesh, P()))
 
 
-# Slots (engine.slots, engine.slot_steps), and prompts that wait for a slot (engine.prompts).
+# Slots (engine.slots, engine.slot_steps, engine.masked_drafts), and prompts that wait for a slot
+# (engine.prompts).
 empty_slots = _compiled(slots.empty_slots, static=('config', 'shards', 'drafter'))
 empty_prefill = _compiled(prompts.empty_prefill, static=('rows', 'size'))
 start_prefill = _compiled(prompts.start_prefill, donated=('prompts',))
@@ -116,6 +124,11 @@ decode_logits = _compiled(
   slot_steps.decode_logits, static=('read', 'read_shared'), donated=('slots',)
 )
 choose_masked = _compiled(slot_steps.choose_masked, donated=('slots',))
+make_drafts = _compiled(masked_drafts.make_drafts, static=('drafter',), donated=('slots',))
+verify_drafts = _compiled(
+  masked_drafts.verify_drafts, static=('read', 'read_shared'), donated=('slots',)
+)
+choose_drafted = _compiled(masked_drafts.choose_drafted, static=('drafter',), donated=('slots',))
 
 # The prefix cache (engine.prefix_store).
 empty_store = _compiled(prefix_store.empty_store, static=('rows', 'blocks', 'block_size'))

@@ -45,46 +45,53 @@ class PromptRanker:
     self._size = config.chunk_sizes[-1]
     self._length = -(-config.max_length // self._size) * self._size
 
-  def rank(self, prompts: Sequence[tuple[Sequence[int], int]]) -> list[RankedPrompt]:
+  def rank(self, prompts: Sequence[tuple[Sequence[int], int, str | None]]) -> list[RankedPrompt]:
     """Score prompts.
 
     Args:
-      prompts: Pairs (token ids, number of most likely tokens to return at each position). The ids
-        begin with BOS if the model has one. An empty prompt, or one of one token, has no scores.
+      prompts: Triples (token ids, number of most likely tokens to return at each position, name of
+        an adapter or None). The ids begin with the adapter's soft prompt, which has no scores, and
+        with BOS if the model has one. An empty prompt, or one of one token, has no scores.
     """
-    found = [RankedPrompt([], []) for _ in prompts]
-    scored = [i for i, (tokens, _) in enumerate(prompts) if len(tokens) > 1]
+    found, names = [RankedPrompt([], []) for _ in prompts], self._scheduler.adapters
+    soft = [len(names.prompt(adapter)) for _, _, adapter in prompts]
+    scored = [i for i, (tokens, _, _) in enumerate(prompts) if len(tokens) - soft[i] > 1]
     for first in range(0, len(scored), self._rows):
       group = scored[first : first + self._rows]
-      ranked = self._run([prompts[i][0] for i in group])
+      ranked = self._run([(prompts[i][0], prompts[i][2]) for i in group])
       for row, i in enumerate(group):
-        tokens, top = prompts[i]
-        found[i] = _ranked_prompt(ranked, row, len(tokens) - 1, top)
+        tokens, top, _ = prompts[i]
+        found[i] = _ranked_prompt(ranked, row, slice(soft[i], len(tokens) - 1), top)
     return found
 
   def warm_up(self) -> CompiledProgram:
     """Compile the program, and return it."""
     done: list[CompiledProgram] = []
     on_host = lambda: None  # the scores are host arrays: there is nothing to wait for
-    timed_run(done, 'score_chunks', lambda: self._run([(0, 0)]), on_host, size=self._size)
+    timed_run(done, 'score_chunks', lambda: self._run([((0, 0), None)]), on_host, size=self._size)
     return done[0]
 
-  def _run(self, prompts: Sequence[Sequence[int]]) -> RankedTokens:
-    """Return the scores of prompts of 2 tokens or more, as host arrays."""
+  def _run(self, prompts: Sequence[tuple[Sequence[int], str | None]]) -> RankedTokens:
+    """Return the scores of prompts of 2 tokens or more, with their adapters, as host arrays."""
     inputs, targets = np.zeros((2, self._rows, self._length), np.int32)
-    for row, tokens in enumerate(prompts):
+    adapters: list[str | None] = [None] * self._rows
+    for row, (tokens, adapter) in enumerate(prompts):
       inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
-    count = np.int32(-(-(max(map(len, prompts)) - 1) // self._size))
+      adapters[row] = adapter
+    longest = max(len(tokens) for tokens, _ in prompts)
+    count = np.int32(-(-(longest - 1) // self._size))
     self._scheduler.executor.settle()
     model = self._scheduler.model
+    targets[targets >= model.config.vocab_size] = 0  # soft prompts have no scores
     arrays = programs.put(model, inputs, targets, count)
-    scores = programs.score_chunks(model, self._weights, *arrays, size=self._size, top=self._top)
+    weights = self._scheduler.adapters.weights_for(self._weights, model, adapters)
+    scores = programs.score_chunks(model, weights, *arrays, size=self._size, top=self._top)
     return jax.device_get(scores)
 
 
-def _ranked_prompt(ranked: RankedTokens, row: int, count: int, top: int) -> RankedPrompt:
-  """Return the scores of a row's first `count` positions, with `top` of the most likely tokens."""
-  ids = ranked.top_tokens[row, :count, :top].tolist()
-  likely = ranked.top_log_probs[row, :count, :top].tolist()
+def _ranked_prompt(ranked: RankedTokens, row: int, at: slice, top: int) -> RankedPrompt:
+  """Return the scores of a row's positions `at`, with `top` of the most likely tokens."""
+  ids = ranked.top_tokens[row, at, :top].tolist()
+  likely = ranked.top_log_probs[row, at, :top].tolist()
   pairs = [list(zip(*each)) for each in zip(ids, likely)]
-  return RankedPrompt(ranked.log_probs[row, :count].tolist(), pairs)
+  return RankedPrompt(ranked.log_probs[row, at].tolist(), pairs)

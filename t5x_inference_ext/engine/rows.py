@@ -135,14 +135,13 @@ class Row:
     self.finish = reason
     self.handle.finish_reasons[self.sample] = reason
 
-  @staticmethod
   def _followed(
-    matcher: GrammarMatcher, tokens: list[int], failed: bool
+    self, matcher: GrammarMatcher, tokens: list[int], failed: bool
   ) -> tuple[FinishReason | None, str | None]:
     """Follow new tokens through the grammar; return why the row ends, if it does, and an error."""
     for token in tokens:
       matcher.push(token)
-    if matcher.complete or (failed and matcher.exhausted):
+    if matcher.complete or (failed and matcher.exhausted(self.end_ids)):
       return 'stop', None
     if failed:
       return 'error', matcher.error or NO_TOKEN

@@ -11,13 +11,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from t5x_inference_ext.compiler_options import take_int4
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.saved_program import SavedError, damaged_header, header_text
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.quantization.formats import bits_of, weight_format
+from t5x_inference_ext.quantization.formats import weight_format
 
 # Field of a GenerationShape -> its least valid value. JSON null stands for None, where the field
 # may be None.
@@ -156,22 +157,9 @@ class SavedGeneration:
   ) -> jax.stages.Compiled:
     """Return the executable, a function of `arguments`; load it once (see saved_program.load)."""
     if not self._loaded:
-      self._loaded.append(saved_program.load(self.path, function, arguments, mesh, self.described))
+      loaded = saved_program.load(self.path, function, arguments, mesh, self.described)
+      self._loaded.append(take_int4(loaded))
     return self._loaded[0]
-
-
-def check_saveable(weights: str) -> None:
-  """Raise SavedError, before anything is compiled, if a program of such weights can't be saved.
-
-  JAX calls a loaded executable only with arrays in its own memory layout, and gives int4 arrays
-  another one, without the bits of an element.
-  """
-  found = weight_format(weights)
-  if 4 in (bits_of(found.dtype()), *dict(found.exceptions).values()):
-    raise SavedError(
-      f'a program with {weights} weights cannot be saved, since this JAX refuses int4 arrays as '
-      'arguments of programs compiled ahead: save one with int8 weights, or serve int4 without one'
-    )
 
 
 def check_saved_run(path: str | os.PathLike, **wanted: Any) -> None:

@@ -156,9 +156,9 @@ class Scheduler:
     leave = int(self.config.decode_steps == 1)
     if self._make_room(events):
       if any(row is not None and row.matcher is not None for row in self._table.rows):
-        logits = self._decoder.decode_logits(self._table)
+        begun = self._decoder.begin_masked(self._table, self._rows_wait)
         self._read(events, leave=0)  # the masks need these tokens; meanwhile the devices work
-        self._decoder.choose_masked(self._table, logits)
+        self._decoder.choose_masked(self._table, begun, after)
         leave = 1
       else:
         steps = 1 if self._rows_wait and self._table.free else self.config.decode_steps

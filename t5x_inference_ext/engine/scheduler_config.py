@@ -173,8 +173,9 @@ class SchedulerConfig:
     pages, shared = self.reads_of_pages(shards), self.shared_reads
     others = 3 if self.prefix_bytes else 2  # insert and start_prefill, and save_blocks
     steps = len(pages) * len(shared)
-    if grammars:  # decode_logits, and choose_masked
-      steps, others = steps + len(self.logits_reads(shards)), others + 1
+    if grammars:  # decode_logits or verify_drafts, and choose_masked, or make and choose_drafted
+      steps += len(self.logits_reads(shards))
+      others += 1 if self.speculate is None else 2
     count = len(chunks) * len(reads) + steps + others
     return (
       f'{count}: chunks of {numbers(chunks)} tokens after up to {numbers(reads)} positions, decode '

@@ -35,7 +35,7 @@ from t5x_inference_ext.engine.slot_steps import (
   with_pages,
 )
 from t5x_inference_ext.engine.slots import SlotPages, Slots, StepsOutput, StepsWork, replicated
-from t5x_inference_ext.engine.state import ChosenTokens, DecodeState
+from t5x_inference_ext.engine.state import ChosenTokens, DecodeState, RowParams
 from t5x_inference_ext.engine.state_rows import constrain_state
 from t5x_inference_ext.model.pages import PagedCache
 from t5x_inference_ext.model.transformer import Model
@@ -105,19 +105,15 @@ def speculative_steps(
 
   def step(loop: _Loop) -> _Loop:
     lengths, live = loop.cache.lengths, ~loop.state.ended
-    outlook = drafter.outlook(loop.drafting.tokens, lengths)
-    # A step chooses at most one token more than the draft has.
-    left = jnp.asarray(slots.rows.limits) - loop.state.counts - 1
-    outlook = outlook._replace(counts=jnp.where(live, jnp.clip(outlook.counts, 0, left), 0))
-    index = best_width(widths, prices, loop.drafting, outlook, left + 1, live, until_free)
+    outlook, left = look_out(drafter, slots.rows, loop.state, loop.drafting, lengths)
+    index = best_width(widths, prices, loop.drafting, outlook, left, live, until_free)
     width = jnp.asarray(widths)[index]
-    drafts = jnp.full((count, drafter.most), -1, jnp.int32).at[:, 0].set(outlook.first)
+    drafts = known_drafts(drafter, outlook)
     run: _Run = loop.cache, loop.logits, drafts, loop.drafting.own
     inputs = DraftInputs(draft_weights, slots.rows, loop.state, loop.drafting, lengths)
     for i, each in enumerate(widths):
-      # `_if` is a loop of zero or one turns, because lax.cond might copy the cache.
       one = functools.partial(_pass, model, weights, drafter, inputs, outlook, each)
-      run = _if(index == i, one, run)
+      run = run_if(index == i, one, run)
     cache, logits, drafts, own = run
     logits = lax.with_sharding_constraint(logits, split)
     checked = CheckedDrafts(logits, drafts, outlook.counts, width, lengths)
@@ -160,8 +156,36 @@ def speculative_steps(
   return slots, replicated(model, output)
 
 
-def _if(flag: jax.Array, function: Callable[[Any], Any], x: Any) -> Any:
-  """Return function(x) if the flag is true, else x."""
+def look_out(
+  drafter: Drafter, rows: RowParams, state: DecodeState, drafting: DraftState, lengths: jax.Array
+) -> tuple[Outlook, jax.Array]:
+  """Return the drafts that rows could get, and the number of tokens [B] that each row still gets.
+
+  Args:
+    drafter: Makes the drafts.
+    rows: Parameters of the rows.
+    state: State of the rows.
+    drafting: Tokens of the rows.
+    lengths: [B] int32. Index of each row's last token.
+  """
+  outlook = drafter.outlook(drafting.tokens, lengths)
+  left = jnp.asarray(rows.limits) - state.counts
+  # A step chooses at most one token more than the draft has.
+  counts = jnp.where(state.ended, 0, jnp.clip(outlook.counts, 0, left - 1))
+  return outlook._replace(counts=counts), left
+
+
+def known_drafts(drafter: Drafter, outlook: Outlook) -> jax.Array:
+  """Return the tokens of drafts that are known before these are made: [B, K] int32, or -1."""
+  rows = len(outlook.first)
+  return jnp.full((rows, drafter.most), -1, jnp.int32).at[:, 0].set(outlook.first)
+
+
+def run_if(flag: jax.Array, function: Callable[[Any], Any], x: Any) -> Any:
+  """Return function(x) if the flag is true, else x.
+
+  The conditional is a loop of zero or one turns, because lax.cond might copy the cache.
+  """
   once = lambda carry: (jnp.asarray(False), function(carry[1]))
   return lax.while_loop(lambda carry: carry[0], once, (flag, x))[1]
 
@@ -175,24 +199,62 @@ def _pass(
   width: int,
   run: _Run,
 ) -> _Run:
-  """Run the model over each row's last token and `width` tokens of its draft.
+  """Make drafts of `width` tokens, and run the model over each row's last token and its draft.
 
   Returns:
     The cache with these tokens written beyond the rows' lengths, the logits, the drafts, and the
     drafter's own state.
   """
   cache, logits, drafts, own = run
-  lengths, state = cache.lengths, inputs.state
+  own, drafts = make_draft(drafter, inputs, outlook, width, (own, drafts))
+  args = inputs.state, drafts, outlook.counts, width
+  return *run_drafts(model, weights, *args, (cache, logits)), drafts, own
+
+
+def make_draft(
+  drafter: Drafter, inputs: DraftInputs, outlook: Outlook, width: int, made: tuple[Any, jax.Array]
+) -> tuple[Any, jax.Array]:
+  """Return the drafter's own state and the drafts [B, K], with the first `width` tokens made."""
+  own, drafts = made
+  if width == 0:
+    return made
+  inputs = inputs._replace(drafting=dataclasses.replace(inputs.drafting, own=own))
+  own, draft = drafter.draft(inputs, outlook, width)
+  own = drafter.placed(own, inputs.weights)
+  return own, lax.dynamic_update_slice(drafts, draft, (0, 0))
+
+
+def run_drafts(
+  model: Model,
+  weights: Weights,
+  state: DecodeState,
+  drafts: jax.Array,
+  counts: jax.Array,
+  width: int,
+  run: tuple[PagedCache, jax.Array],
+) -> tuple[PagedCache, jax.Array]:
+  """Run the model over each row's last token and the first `width` tokens of its draft.
+
+  Args:
+    model: Decides mesh and layouts.
+    weights: Weights on the mesh.
+    state: State of the rows.
+    drafts: [B, K] int32. The drafts.
+    counts: [B] int32. Number of tokens of each row's draft.
+    width: Maximum number of tokens of each draft to run.
+    run: The cache, and the logits [B, K + 1, V] to write to.
+
+  Returns:
+    The cache with the tokens written beyond the rows' lengths, and the logits.
+  """
+  cache, logits = run
+  lengths = cache.lengths
   if width == 0:
     new, cache = decode_logits_of(model, weights, state, cache)
     new = new[:, None]
   else:
-    inputs = inputs._replace(drafting=dataclasses.replace(inputs.drafting, own=own))
-    own, draft = drafter.draft(inputs, outlook, width)
-    own = drafter.placed(own, inputs.weights)
-    tokens = jnp.concatenate([state.tokens[:, None], draft], axis=1)
-    counts = jnp.where(state.ended, 0, 1 + jnp.minimum(outlook.counts, width))
+    tokens = jnp.concatenate([state.tokens[:, None], drafts[:, :width]], axis=1)
+    counts = jnp.where(state.ended, 0, 1 + jnp.minimum(counts, width))
     new, cache = model.verify(weights, cache, tokens, counts)
-    drafts = lax.dynamic_update_slice(drafts, draft, (0, 0))
   logits = lax.dynamic_update_slice(logits, new, (0, 0, 0))
-  return dataclasses.replace(cache, lengths=lengths), logits, drafts, own
+  return dataclasses.replace(cache, lengths=lengths), logits

@@ -18,6 +18,9 @@ from t5x_inference_ext.hardware import MAX_ATTENTION_LOGITS
 from t5x_inference_ext.model.attention_rules import AttentionRules, TokenPositions
 from t5x_inference_ext.quantization.kv import KV, units_and_scales
 
+# A single query is padded to so many, on TPUs, if it attends to LEAST_PADDED positions or more.
+PADDED_QUERIES, LEAST_PADDED = 8, 32
+
 
 class Context(NamedTuple):
   """Keys and values of one layer that were cached before the new tokens.
@@ -190,11 +193,7 @@ def masked_logits(
   if keys.ndim == 3:  # one product for all rows, which reads the shared keys once
     logits = jnp.einsum('bknq,ksq->bkns', q, keys, preferred_element_type=jnp.float32)
   else:
-    # dot_general keeps the operands in this order. On CPU, einsum would swap them and make a
-    # transposed copy of the cache.
-    logits = lax.dot_general(
-      q, keys, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
-    )
+    logits = product_of_rows(q, keys, 3)
   logits = _scaled(logits, scales)
   if rules is not None:
     assert query_positions is not None and key_positions is not None
@@ -219,6 +218,26 @@ def mix(weights: Float[Array, 'b k n s'], values: KV, dtype: jnp.dtype) -> Float
   weights = _scaled(weights, scales).astype(dtype)
   if values.ndim == 3:
     return jnp.einsum('bkns,ksq->bknq', weights, values, preferred_element_type=jnp.float32)
-  return lax.dot_general(
-    weights, values, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
-  )
+  return product_of_rows(weights, values, 2)
+
+
+def product_of_rows(x: Float[Array, 'b k n i'], y: Float[Array, 'b k s q'], axis: int) -> jax.Array:
+  """Return for each row and key head the product of x with y over y's axis `axis`: [b, k, n, j].
+
+  XLA:TPU computes the product of a single vector, as of a model with a key head for each query
+  head, by multiplications and sums, without the matrix unit. Rows of zeros keep it from that.
+  """
+
+  def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    # dot_general keeps the operands in this order. On CPU, einsum would swap them and make a
+    # transposed copy of the cache.
+    dimensions = ((3,), (axis,)), ((0, 1), (0, 1))
+    return lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
+
+  def padded(x: jax.Array, y: jax.Array) -> jax.Array:
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, PADDED_QUERIES - 1), (0, 0)))
+    return product(x, y)[:, :, :1]
+
+  if x.shape[2] > 1 or y.shape[2] < LEAST_PADDED:
+    return product(x, y)
+  return lax.platform_dependent(x, y, tpu=padded, default=product)

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.engine import saved_generation, saved_program
+from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.options import takes_options
 from t5x_inference_ext.precompile.analysis import analyze
@@ -55,8 +55,6 @@ def precompile(
     UserError: See analysis.analyze; or a file can't be written.
   """
   check_writable(json_file, hlo_file, save_file)
-  if save_file:
-    saved_generation.check_saveable(weights)
   answer = analyze(
     model,
     weights,

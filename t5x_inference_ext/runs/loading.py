@@ -145,7 +145,7 @@ def load_engine(
       progress=lambda jobs: progress(jobs, 'loading weights', len(jobs)),
     )
   model = engine.model
-  if options.adapters:
+  if engine.adapters.prompts:
     print_on_main(f'adapters: {", ".join(engine.adapters.prompts)}')
   print_on_main(
     f'layouts: prefill {model.prefill_layout}, decode {model.decode_layout}, {options.dtype} '

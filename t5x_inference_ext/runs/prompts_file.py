@@ -81,10 +81,9 @@ def prepare(
         options.cache_length
         or max(len(row.prompt) + row.options.max_new_tokens for row in tokenized),
       )
-    if not options.continuous and not scoring and any(row.options != default for row in tokenized):
-      raise RequestError(
-        'some rows have `adapter`, `grammar` or `sampling`, which need batching=continuous'
-      )
+    own = (dataclasses.replace(row.options, adapter=default.adapter) for row in tokenized)
+    if not options.continuous and not scoring and any(each != default for each in own):
+      raise RequestError('some rows have `grammar` or `sampling`, which need batching=continuous')
     if not options.continuous:
       # A saved program supports only one end token.
       ends = text.end_ids[1:] if options.executable else ()
@@ -175,7 +174,7 @@ def _work(
       max_length=options.cache_length,
     )
   shape = _shape(options, engine, [row for _, row in todo])
-  prompts = [(i, row.prompt) for i, row in todo]
+  prompts = [(i, row.prompt, row.options.adapter) for i, row in todo]
   in_step = distributed.lockstep(batches.batched(prompts, shape.batch))
   ends = text.end_ids[:1] if options.executable else text.end_ids
   work = StaticWork(engine, in_step, shape, clock, options, ends)

@@ -5,7 +5,7 @@ runs/replay.py runs its request again.
 
   format, version    RECEIPT_FORMAT and RECEIPT_VERSION
   request            tokens (BOS included), seeds, limit, end_ids, stop_texts, sampling; with a
-                     grammar, its kind and source
+                     grammar, its kind and source; with an adapter, its name and CRC-32
   weights            dtype of the matrices, and what the identity `sha256` covers
   engine             mesh, prefill_layout, decode_layout, dtype, cache
   versions           of this package, jax and jaxlib, of llguidance with a grammar, and the kind of
@@ -33,7 +33,7 @@ RECEIPT_FORMAT = 't5x_inference_ext receipt'
 RECEIPT_VERSION = 1
 GRAMMAR_LIBRARY = 'llguidance'
 # Fields of a request that affect its tokens. `text`, `top_log_probs` and `salt` do not.
-TOLD = ('tokens', 'seeds', 'limit', 'end_ids', 'stop_texts', 'sampling', 'grammar')
+TOLD = ('tokens', 'seeds', 'limit', 'end_ids', 'stop_texts', 'sampling', 'grammar', 'adapter')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,24 +61,25 @@ def make_receipt(
 
   Args:
     engine: The engine that served it.
-    request: The request.
+    request: The request, with its adapter's soft prompt.
     samples: Its samples, one for each seed.
     seconds: Time from the request's arrival to its end.
   """
   checkpoint, chips = engine.checkpoint, engine.model.mesh.size
   covers, sha256 = engine.weights_identity
-  grammar = request.grammar
+  grammar, adapter, names = request.grammar, request.adapter, engine.adapters
   return {
     'format': RECEIPT_FORMAT,
     'version': RECEIPT_VERSION,
     'request': {
-      'tokens': [*request.tokens],
+      'tokens': [*request.tokens[len(names.prompt(adapter)) :]],
       'seeds': [*request.seeds],
       'limit': request.limit,
       'end_ids': [*(checkpoint.end_ids if request.end_ids is None else request.end_ids)],
       'stop_texts': [*request.stop_texts],
       'sampling': _sampling(request.sampling),
       **({} if grammar is None else {'grammar': dataclasses.asdict(grammar)}),
+      **({} if adapter is None else {'adapter': [adapter, names.checksums[adapter]]}),
     },
     'weights': {'dtype': checkpoint.weights, 'covers': covers, 'sha256': sha256},
     'engine': dataclasses.asdict(EngineSetting.of(engine)),

@@ -32,6 +32,7 @@ _MOST_BYTES = 64 * 2**20
 _FINISHES = ('eos', 'stop', 'length', 'error')
 _VERSIONS = ('t5x_inference_ext', 'jax', 'jaxlib', 'chip')
 _TIMES = ('seconds', 'chips', 'chip_seconds')
+_OPTIONAL = ('grammar', 'adapter')  # fields of a request
 _GRAMMAR = tuple(field.name for field in dataclasses.fields(Grammar))
 _PARTS = ('format', 'version', 'request', 'weights', 'engine', 'versions', *_TIMES, 'samples')
 
@@ -47,6 +48,7 @@ class Receipt:
     setting: Settings of the engine that affect results, such as layouts and dtypes.
     versions: Name of a package or device -> its version.
     samples: Tokens and finish reason of each sample.
+    adapter_crc32: CRC-32 of the request's adapter; None without one.
   """
 
   request: Request
@@ -55,6 +57,7 @@ class Receipt:
   setting: EngineSetting
   versions: dict[str, str]
   samples: list[tuple[list[int], str]]
+  adapter_crc32: int | None = None
 
 
 def read_receipt(path: str) -> Receipt:
@@ -102,7 +105,7 @@ def _receipt(value: Any) -> Receipt:
   for name in _TIMES:
     if not has_type(parts[name], float) or not 0 <= parts[name] < math.inf:
       raise ValueError(f'{name} is {short_repr(parts[name])}, not a number of 0 or more')
-  request = _request(_fields('request', parts['request'], TOLD, optional=('grammar',)))
+  request = _request(_fields('request', parts['request'], TOLD, optional=_OPTIONAL))
   versions = _VERSIONS if request.grammar is None else (*_VERSIONS, GRAMMAR_LIBRARY)
   weights = _fields('weights', parts['weights'], ('dtype', *WeightsIdentity._fields))
   digest = weights['sha256']
@@ -118,6 +121,7 @@ def _receipt(value: Any) -> Receipt:
       for name, each in _fields('versions', parts['versions'], versions).items()
     },
     _samples(parts['samples'], request),
+    None if request.adapter is None else parts['request']['adapter'][1],
   )
 
 
@@ -149,7 +153,15 @@ def _request(fields: dict[str, Any]) -> Request:
     end_ids=tuple(ends),
     stop_texts=tuple(stops),
     grammar=grammar,
+    adapter=_adapter(fields['adapter']) if 'adapter' in fields else None,
   )
+
+
+def _adapter(value: Any) -> str:
+  """Return the name of an adapter; raise ValueError if it is not a name and a CRC-32."""
+  if not isinstance(value, list) or len(value) != 2 or not is_whole(value[1]):
+    raise ValueError(f'request.adapter is {short_repr(value)}, not a name and a CRC-32')
+  return _line('request.adapter[0]', value[0])
 
 
 def _setting(value: Any) -> EngineSetting:

@@ -5,7 +5,9 @@ import itertools
 
 from t5x_inference_ext import distributed
 from t5x_inference_ext.checkpoints import Checkpoint
+from t5x_inference_ext.checkpoints.adapters.adapter import Adapter
 from t5x_inference_ext.checkpoints.identity import weights_identity
+from t5x_inference_ext.engine.adapters import AdapterNames, read_adapters
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.grammars import Grammars
 from t5x_inference_ext.engine.inputs import check_tokens
@@ -14,7 +16,7 @@ from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import config_for
 from t5x_inference_ext.engine.serve import serve
 from t5x_inference_ext.engine.slot_params import slot_row
-from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.errors import RequestError, printable
 from t5x_inference_ext.runs import loading, memory
 from t5x_inference_ext.runs.infer_options import InferOptions
 from t5x_inference_ext.runs.progress import print_on_main
@@ -48,10 +50,13 @@ def replay(receipt: Receipt, options: InferOptions, vocabulary: str | None = Non
     needed = bool(request.stop_texts) or request.grammar is not None
     settings = choose_settings(vocabulary, checkpoint.text, config.vocab_size, needed=needed)
     Grammars(settings.vocabulary, config.vocab_size).matchers(request.grammar, 1)  # checks it
-    rows, positions = len(request.seeds), len(request.tokens) + request.limit
+    adapters = _adapter(receipt, checkpoint, options)
+    request = dataclasses.replace(request, adapter=next(iter(adapters), None))
+    names = AdapterNames.of(adapters, config.vocab_size)
+    rows, positions = len(request.seeds), len(names.prompted(request).tokens) + request.limit
     memory.check_fits(options, model, min(options.batch_size, rows), positions)
   distributed.check_same(options=options, receipt=receipt, checkpoint=checkpoint.notes)
-  engine = loading.load_engine(options, checkpoint, mesh)
+  engine = loading.load_engine(options, checkpoint, mesh, adapters)
   loading.say_compiling(engine)
   samples = _run(engine, request, settings.vocabulary, options.batch_size)
   for line in _different_settings(receipt, engine):
@@ -78,6 +83,25 @@ def _check_weights(receipt: Receipt, checkpoint: Checkpoint) -> None:
     )
 
 
+def _adapter(receipt: Receipt, checkpoint: Checkpoint, options: InferOptions) -> dict[str, Adapter]:
+  """Return the receipt's adapter by the name that it has here; {} if the receipt has none.
+
+  Raises:
+    RequestError: The options have no adapter with its values.
+  """
+  if receipt.request.adapter is None:
+    return {}
+  adapters = read_adapters(options.adapter_paths, checkpoint)
+  for name, adapter in adapters.items():
+    if adapter.crc32 == receipt.adapter_crc32:
+      return {name: adapter}
+  name = printable(receipt.request.adapter, 80)
+  raise RequestError(
+    f'the receipt was made with the adapter {name}, of CRC-32 {receipt.adapter_crc32}, which no '
+    f'loaded adapter has: give it by --adapters={name}=DIR'
+  )
+
+
 def _check_request(request: Request, vocab_size: int) -> None:
   check_tokens('the receipt', request.tokens, vocab_size)
   ends = request.end_ids or ()
@@ -88,8 +112,9 @@ def _check_request(request: Request, vocab_size: int) -> None:
 def _run(
   engine: Engine, request: Request, vocabulary: Vocabulary | None, slots: int
 ) -> list[Sample]:
-  config = config_for(engine.model, [request], slots=slots, share=False)
-  scheduler = Scheduler(engine.model, engine.weights, config, vocabulary=vocabulary)
+  names = engine.adapters
+  config = config_for(engine.model, [names.prompted(request)], slots=slots, share=False)
+  scheduler = Scheduler(engine.model, engine.weights, config, vocabulary=vocabulary, adapters=names)
   collector = SampleCollector()
   collector.expect(0, len(request.seeds))
   ended = [collector.add(event) for event in serve(scheduler, [request])]

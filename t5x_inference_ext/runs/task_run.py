@@ -268,13 +268,13 @@ def _work(
     )
     return ScoreWork(engine, groups, batch * sum(source.feature_lengths.values()), clock)
   eos_id = task.output_features['targets'].vocabulary.eos_id or EOS_ID
-  prompts = ((row, tasks.prompt(example)) for row, example in todo)
+  prompts = ((row, tasks.prompt(example), options.adapter) for row, example in todo)
   longest = source.feature_lengths['inputs']
   if options.continuous:
     work, _ = refill_work(
       engine,
       options,
-      ((row, _request(row, tokens, options, engine.bos)) for row, tokens in prompts),
+      ((row, _request(row, tokens, options, engine.bos)) for row, tokens, _ in prompts),
       clock,
       ahead=batch,
       slots=batch,

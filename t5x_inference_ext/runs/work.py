@@ -148,8 +148,8 @@ class StaticWork:
 
   Args:
     engine: The engine to run on.
-    batches: Lists of at most shape.batch pairs (row, prompt). Prompts have at most shape.prompt
-      tokens. `row` is the row's index in the run.
+    batches: Lists of at most shape.batch triples (row, prompt, name of an adapter or None). Prompts
+      have at most shape.prompt tokens. `row` is the row's index in the run.
     shape: Shape of the batches in the engine. Smaller batches are padded with rows whose results
       are dropped.
     clock: Counts time, rows and tokens.
@@ -160,7 +160,7 @@ class StaticWork:
   def __init__(
     self,
     engine: Engine,
-    batches: Iterable[Sequence[tuple[int, Sequence[int]]]],
+    batches: Iterable[Sequence[tuple[int, Sequence[int], str | None]]],
     shape: BatchShape,
     clock: Clock,
     options: InferOptions,
@@ -176,7 +176,7 @@ class StaticWork:
     if batch is None:
       self.finished = True
       return []
-    rows, prompts = zip(*batch)
+    rows, prompts, adapters = zip(*batch)
     options, shape = self._options, self._shape
     seeds = [row_seed(options.seed, row) for row in rows]
     with self._clock.running():
@@ -189,7 +189,7 @@ class StaticWork:
         cache_size=shape.cache,
         prompt_size=shape.prompt,
         max_length=shape.length,
-        adapter=options.adapter,
+        adapter=pad(adapters, shape.batch),
       )[: len(prompts)]
     self._clock.add(len(prompts), sum(len(c.tokens) for c in completions))
     return list(zip(rows, completions))

@@ -116,9 +116,7 @@ async def _echo(
     text = translator.vocabulary.decode(ids)
   if body.logprobs is None:
     return text, None
-  if found.adapter is not None:
-    raise invalid('logprobs of an echoed prompt are those of the model alone: ask for it', 'echo')
-  ranked = await service.driver.score(PromptToScore(found.tokens, body.logprobs))
+  ranked = await service.driver.score(PromptToScore(found.tokens, body.logprobs, found.adapter))
   # Without BOS, a prompt's first token has no log-probability, because no token precedes it.
   unknown = [None] * (len(ids) - len(ranked.log_probs))
   log_probs, top = [*unknown, *ranked.log_probs], [*unknown, *ranked.top]
@@ -166,8 +164,6 @@ async def _answer(
     found = [each.request for each in checked]
     answer.prompt_tokens = sum(len(service.translator.given_tokens(each)) for each in found)
     if body.receipt or request.headers.get('x-receipt') == '1':
-      if any(each.adapter for each in found):
-        raise invalid('a receipt does not record adapters: ask the model itself', 'receipt')
       driver = service.driver
       answer.receipt = ReceiptWriter(service.make_receipt, found, driver.now, answer.arrived)
     form = await make_form(found)

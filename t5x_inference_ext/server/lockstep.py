@@ -15,12 +15,15 @@ class PromptToScore(NamedTuple):
   """A prompt whose tokens are scored.
 
   Attributes:
-    tokens: Token ids, BOS included. All but the first are scored, given the tokens before them.
+    tokens: Token ids, BOS included, after the adapter's soft prompt. All but the first, and the
+      soft prompt, are scored, given the tokens before them.
     top: Number of most likely tokens to return at each position.
+    adapter: Name of the prompt's adapter; None: the model itself.
   """
 
   tokens: tuple[int, ...]
   top: int
+  adapter: str | None = None
 
 
 class StepInbox(SharedInbox):

@@ -160,19 +160,6 @@ class ClockExecutor:
     pending = self._output(self._begin(seconds), self._config.most_tokens, counts, self._left)
     return pending._replace(output=pending.output._replace(work=work))
 
-  def decode_logits(
-    self, pages: SlotPages, alive: np.ndarray, read: int, read_shared: int, adapters: np.ndarray
-  ) -> tuple[int, int]:
-    """Return (read, read_shared) in place of logits, for `choose_masked`, which takes the time."""
-    del pages, alive, adapters
-    return read, read_shared
-
-  def choose_masked(self, logits: Any, alive: np.ndarray, masks: TokenMasks) -> Any:
-    """Advance the clock by a decode step; each row gets the fixed token, whatever its grammar."""
-    del masks
-    read, read_shared = logits
-    return self._steps(alive, 1, False, read, read_shared)
-
   def fetch(self, output: Any) -> StepsOutput:
     """Wait for a program's output, and return it."""
     self._clock.sleep_until(output.done)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from t5x import partitioning
 
-from t5x_inference_ext.compiler_options import compiler_options
+from t5x_inference_ext.compiler_options import compiler_options, take_int4
 from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.errors import MeshError, RequestError
 from t5x_inference_ext.quantization.formats import weight_format
@@ -217,7 +217,8 @@ class SavedStep:
     if self._loaded is None:
       shapes = saved_program.shapes(arguments)
       described = describe_step(self.step.lower(*shapes))
-      self._loaded = saved_program.load(self.path, self.step, shapes, self.mesh, described)
+      loaded = saved_program.load(self.path, self.step, shapes, self.mesh, described)
+      self._loaded = take_int4(loaded)
     return self._loaded(*arguments)
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from t5x import utils
 
-from t5x_inference_ext.engine import saved_generation, saved_program
+from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.t5x.models import InferenceModel
 from t5x_inference_ext.t5x.partitioning import InferencePartitioner, SavedStep, describe_step
@@ -44,7 +44,6 @@ def save_infer_step(
   """
   if model.refills:
     raise RequestError('a model with refill has no compiled step to save: make it without refill')
-  saved_generation.check_saveable(model.module.weights)
   infer_step = infer_step_of(model, mode)
   batch, initializer = abstract_inputs(model, partitioner, task_feature_lengths, batch_size)
   state = initializer.global_train_state_shape

@@ -77,6 +77,8 @@ def test_not_a_checkpoint(tmp_path):
   (tmp_path / 'config.json').write_text('{}')
   fails(tmp_path, 'is not a checkpoint', 'serving_config.json', 'holds config.json')
   fails(tmp_path / 'config.json', 'is not a checkpoint', 'this is a file')
+  (tmp_path / 'adapter_config.json').write_text('{}')
+  fails(tmp_path, 'is an adapter, not a checkpoint', '--adapters=NAME=DIR')
 
 
 @pytest.mark.parametrize(

@@ -41,11 +41,15 @@ def test_rows_choose_adapters(command, smollm2, engine, paths):
   assert [row.get('adapter', 'none') for row in found] == [*names, 'none']
 
 
-def test_one_adapter_in_static_batches_and_scores(command, smollm2, engine, paths):
+def test_adapters_in_static_batches_and_scores(command, smollm2, engine, paths):
   (wanted,) = engine.generate([IDS], max_new_tokens=8, adapter='soft')
-  static = ('--adapter=soft', '--batching=static')
-  (row,), _ = command(smollm2, [{'prompt': IDS}], *flags_of(paths), *static)
-  assert row['tokens'] == wanted.tokens
+  names = ['lora', None, 'soft', 'factors', 'lora']
+  rows = [{'prompt': IDS}, *({'prompt': IDS, 'adapter': name} for name in names)]
+  static = ('--adapter=soft', '--batching=static', '--batch_size=4')
+  found, _ = command(smollm2, rows, *flags_of(paths), *static)
+  alone = engine.generate([IDS] * 6, max_new_tokens=8, adapter=['soft', *names])
+  assert [row['tokens'] for row in found] == [each.tokens for each in alone]
+  assert found[0]['tokens'] == wanted.tokens
   rows = [{'prompt': IDS, 'tokens': wanted.tokens, 'adapter': name} for name in (None, *paths)]
   scored, _ = command(smollm2, rows, *flags_of(paths)[:2], '--mode=score')
   for name, each in zip((None, *paths), scored):
@@ -65,7 +69,7 @@ def test_one_adapter_in_static_batches_and_scores(command, smollm2, engine, path
     ({}, ('--adapters=lora=x',), 'adapters name lora twice'),
     ({}, ('--adapters=a b=x',), "an adapter can't be named a b"),
     ({}, ('--adapters=more=/nothing',), '/nothing is not an adapter'),
-    ({'adapter': 'lora'}, ('--batching=static',), 'need batching=continuous'),
+    ({'sampling': {'temperature': 0.5}}, ('--batching=static',), 'need batching=continuous'),
     ({}, ('--cache_length=14', '--adapter=soft'), 'longer than the cache: 16 tokens'),
   ],
 )

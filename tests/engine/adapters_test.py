@@ -13,8 +13,10 @@ import pytest
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.adapters.adapter import Adapter, LowRank
 from t5x_inference_ext.checkpoints.adapters.load import load_adapters
+from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine.adapters import AdapterNames
 from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.ranking import PromptRanker
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
@@ -215,6 +217,27 @@ def test_streams_chats_and_scores_with_adapters():
     assert best.tolist() == row.tokens
     chat = found.chat(max_length=40, eos_id=-1, adapter=name)
     assert list(chat.reply(prompt, max_new_tokens=6)) == row.tokens
+
+
+@pytest.mark.parametrize('mesh', ['1x1x1', '2x2x2'])
+def test_prompts_with_adapters_are_scored_by_one_program(mesh):
+  """Beside the engine's own scores; the soft prompts have none."""
+  found = engine() if mesh == '1x1x1' else engine(mesh, 'wg_xyz/batch')
+  rows = found.model.prefilling.padded_batch(3)
+  scheduler = new_scheduler(found, slots=8, prefill_rows=rows, top_log_probs=2)
+  ranker, compiled = PromptRanker(scheduler, found.weights), programs.score_chunks.compiled
+  ranker.warm_up()
+  rng, prompts = np.random.default_rng(7), []
+  for name in [None, *adapters()] * 2:
+    tokens = (0, *rng.integers(2, CONFIG.vocab_size, rng.integers(1, 50)).tolist())
+    prompts.append((tokens, name))
+  ranked = ranker.rank([((*found.adapters.prompt(a), *t), 2, a) for t, a in prompts])
+  assert programs.score_chunks.compiled == compiled + 1
+  for (tokens, name), scores in zip(prompts, ranked):
+    (wanted,) = engine().score_completions([((), tokens[1:])], adapter=name)
+    np.testing.assert_allclose(scores.log_probs, wanted, atol=1e-4)
+    assert len(scores.top) == len(tokens) - 1
+    assert all(most[0][1] >= own - 1e-4 for most, own in zip(scores.top, wanted))
 
 
 def test_names_that_are_not_loaded(repository, testdata):

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -102,6 +103,55 @@ def test_a_grammar_beyond_its_limits_allows_nothing_and_says_why():
   assert not masks.any()
 
 
+@pytest.mark.parametrize('kind', vocabularies.KINDS)
+def test_drafts_are_cut_where_the_grammar_forbids_them_or_have_the_forced_text(kind):
+  """Beside a matcher that is pushed token by token; the row's own matcher stays where it is."""
+  vocabulary = vocabularies.of_kind(kind)
+  vocab_size = vocabulary.size + 37
+  ends = (*vocabulary.end_ids, vocab_size - 1)
+  grammars, rng, cut, forced_drafts = (
+    Grammars(vocabulary, vocab_size),
+    np.random.default_rng(1),
+    0,
+    0,
+  )
+  for grammar, texts in FINITE.items():
+    for text in sorted(texts) * 2:
+      tokens = vocabulary.encode(text)
+      begin = rng.integers(len(tokens))
+      row, beside = grammars.matchers(grammar, 2)
+      for token in tokens[:begin]:
+        row.push(token)
+        beside.push(token)
+      proposed = [*tokens[begin:], ends[0]]
+      if rng.random() < 0.5:
+        proposed[rng.integers(len(proposed))] = int(rng.integers(3, vocab_size))
+      draft, forced = row.draft(proposed, 5)
+      assert len(draft) <= 5
+      if forced:  # all texts go on like this
+        forced_drafts += 1
+        done, more = (vocabulary.decode(x) for x in (tokens[:begin], draft))
+        assert all(t.startswith(done + more) for t in texts if t.startswith(done)), (texts, draft)
+      else:
+        assert draft == proposed[: len(draft)]
+      masks = np.zeros((6, 2, mask_words(vocab_size)), np.uint32)
+      known = row.fill_draft(masks, 1, ends, [*draft, ends[0]][:5])
+      assert not masks[:, 0].any()
+      for i in range(known + 1):
+        wanted = masks_of([(beside, ends)], vocab_size).allowed[0]
+        np.testing.assert_array_equal(masks[i, 1], wanted)
+        if i < len(draft):
+          assert draft[i] in allowed(wanted, vocab_size)
+          beside.push(draft[i])
+      # Masks are known up to an end, or to a text that nothing can follow.
+      assert known == len(draft) or (known < len(draft) and beside.complete)
+      cut += len(draft) < len(proposed[:5]) and not forced
+      again = np.zeros((1, mask_words(vocab_size)), np.uint32)
+      row.fill(again, 0, ends)
+      np.testing.assert_array_equal(again[0], masks[0, 1])
+  assert cut > 3 and forced_drafts > 1
+
+
 @pytest.fixture(scope='module')
 def engine(palm_tiny):
   return Engine.load(palm_tiny, mesh='1x1x1', dtype='float32')
@@ -146,6 +196,25 @@ def test_rows_keep_to_their_grammars(engine):
   assert [handle.finish_reasons for handle in handles[::2]] == [['stop'] * 3] * 2
   assert len({texts[0, sample] for sample in range(3)}) > 1
   assert core.check_books() == [] and handles[0].matchers == ()
+
+
+def test_text_that_a_grammar_forces_is_drafted(engine):
+  """Rows get the tokens that they get without drafts, in fewer steps."""
+  schema = Grammar.from_dict({'json_schema': SCHEMA})
+  hot = [SamplingParams(), SamplingParams(1.0), SamplingParams(0.5, top_k=3, min_new_tokens=2)]
+  options = dict(max_new_tokens=80, grammar=schema, sampling=hot, seeds=[1, 2, 3])
+  prompts = ['def f(', 'class A', '# ']
+  plain, drafted = (complete(engine, prompts, **options, speculate=s) for s in (None, 'ngram:4'))
+  assert [(s.tokens, s.finish_reason) for s in drafted] == [
+    (s.tokens, s.finish_reason) for s in plain
+  ]
+  core = engine.core.streams(**OPTIONS, speculate='ngram:4').scheduler
+  free = np.asarray([1.0, 1.01, 1.02][: len(core._decoder._masked.prices.prices)], np.float32)
+  core._decoder._masked.prices = mock.Mock(tries_plain=False, next=lambda: free)
+  tokens = engine.checkpoint.vocabulary.encode('def f(')
+  core.submit(Request((0, *tokens), limit=80, grammar=schema, end_ids=(1,)))
+  found = [token for _ in iter(lambda: core.idle, True) for e in core.step() for token in e.tokens]
+  assert found == plain[0].tokens and core.stats.drafts.tokens_per_step > 1.5
 
 
 def test_a_greedy_row_has_the_likeliest_token_that_its_grammar_allows(engine):

@@ -55,7 +55,7 @@ def test_scores_of_all_lengths_are_the_references_and_compile_once(mesh, layout)
     scheduler.submit(Request((1, 2, 3), limit=40))
     for _ in range(3):
       scheduler.step()
-  found = ranker.rank([(tokens, i % (TOP + 1)) for i, tokens in enumerate(prompts)])
+  found = ranker.rank([(tokens, i % (TOP + 1), None) for i, tokens in enumerate(prompts)])
   assert programs.score_chunks.compiled == compiled + 1
   assert found[0] == found[1] == ([], [])
   for i, (tokens, ranked) in enumerate(zip(prompts, found)):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.checkpoints import open_checkpoint
+from t5x_inference_ext.checkpoints.convert import convert
 from t5x_inference_ext.commands import infer
 from t5x_inference_ext.engine import saved_generation, saved_program
 from t5x_inference_ext.engine.engine import Engine
@@ -126,6 +127,34 @@ def test_the_engine_gives_what_it_gives_without(palm_tiny, path):
     first == loaded.generate(prompts, **options) == _engine(palm_tiny).generate(prompts, **options)
   )
   assert any(len(completion.tokens) == 6 for completion in first)
+
+
+def test_int4_weights_are_saved(palm_tiny, tmp_path):
+  """JAX itself refuses int4 arrays as arguments of programs that are loaded."""
+  convert(str(palm_tiny), str(tmp_path / 'rounded'), 'int4')
+  checkpoint, mesh = open_checkpoint(tmp_path / 'rounded'), make_mesh((1, 1, 2))
+  case = CompileCase(
+    checkpoint.config,
+    checkpoint.weights,
+    'generate',
+    batch=2,
+    context=24,
+    prompt=16,
+    max_new_tokens=6,
+    dtype='float32',
+    scan_layers=True,
+  )
+  program = compile_case(case, mesh)
+  path = tmp_path / 'generation'
+  saved_program.save(path, program.compiled, program.arguments, mesh, case.to_dict())
+  options = dict(mesh='1x1x2', scan_layers=True)
+  found = _engine(checkpoint, executable=path, **options)
+  calls = dict(max_new_tokens=6, cache_size=24, prompt_size=16)
+  wanted = _engine(checkpoint, **options).generate(PROMPTS[:2], **calls)
+  assert found.generate(PROMPTS[:2], **calls) == wanted == found.generate(PROMPTS[:2], **calls)
+  assert any(
+    'int4[' in text for text in saved_program.read_program_header(path)['arguments'].values()
+  )
 
 
 def test_a_model_without_bos_runs_the_same_program(palm_tiny, path):

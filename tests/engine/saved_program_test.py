@@ -10,7 +10,6 @@ import pytest
 
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.engine import saved_program
-from t5x_inference_ext.engine.saved_generation import check_saveable
 from t5x_inference_ext.engine.saved_program import SavedError
 from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.precompile.program import compile_case, phase_function
@@ -71,14 +70,6 @@ def test_the_round_trip_gives_what_jit_gives(path, program, mesh):
   assert jax.tree.structure(got) == jax.tree.structure(want)
   jax.tree.map(np.testing.assert_array_equal, got, want)
   assert got[1].lengths.tolist() == [4] * 8 and np.abs(np.asarray(got[1].keys)[..., 3, :]).min() > 0
-
-
-@pytest.mark.parametrize('weights', ['int4', 'int4,gate:8', 'int8,gate:4'])
-def test_int4_is_not_saved(weights):
-  with pytest.raises(SavedError, match=f'a program with {weights} weights cannot be saved'):
-    check_saveable(weights)
-  check_saveable('int8')
-  check_saveable('bfloat16')
 
 
 def test_the_loaded_cache_is_written_in_place(path, program, mesh):

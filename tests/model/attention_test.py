@@ -42,6 +42,32 @@ def test_a_token_sees_its_context_and_what_comes_before_it(new, kv_heads, cached
     np.testing.assert_allclose(out[i], _numpy(q[i], all_k, all_v, visible), atol=1e-6)
 
 
+@pytest.mark.parametrize('pages', [False, True])
+def test_a_single_query_of_a_key_head_is_padded_on_tpus_alone(pages, monkeypatch):
+  """The matrix unit multiplies matrices: what it gives is what others compute."""
+  rng, (b, h, d, s) = np.random.default_rng(0), (2, 3, 8, 64)
+  q, k, v = (
+    jnp.asarray(rng.normal(size=(b, *shape)), jnp.float32)
+    for shape in ((1, h, d), (h, 1, d), (h, 1, d))
+  )
+  keys, values = jnp.asarray(rng.normal(size=(2, b, h, s, d)), jnp.float32)
+  lengths = jnp.asarray([50, 64], jnp.int32)
+  context = Context(keys, values, lengths)
+  if pages:
+    owners, starts = jnp.arange(b), jnp.zeros(b, jnp.int32)
+    context = PagedContext(keys, values, lengths, owners, starts)
+  run = jax.jit(attend_pages if pages else attend)
+  found = {}
+  for platform in ('tpu', 'cpu'):
+    lowered = run.trace(q, k, v, context).lower(lowering_platforms=(platform,))
+    found[platform] = lowered.as_text().count(f'{b}x{h}x{attention.PADDED_QUERIES}x')
+  assert found['tpu'] > 4 and found['cpu'] == 0
+  wanted = run(q, k, v, context)
+  monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *x, tpu, default: tpu(*x))
+  padded = jax.jit(lambda *x: (attend_pages if pages else attend)(*x))(q, k, v, context)
+  np.testing.assert_allclose(padded, wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize('limit', [1, 2 * 3 * 4 * 9, 3 * 3 * 4 * 9])
 @pytest.mark.parametrize('cached', [False, True])
 def test_rows_in_several_passes_are_the_same(monkeypatch, limit, cached):

@@ -5,10 +5,12 @@ import itertools
 import json
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
 from t5x_inference_ext.checkpoints import open_checkpoint
+from t5x_inference_ext.checkpoints.convert import convert
 from t5x_inference_ext.commands import selfcheck as command
 from t5x_inference_ext.runs.selfcheck import golden, selfcheck, serving, timing
 from t5x_inference_ext.sharding import torus
@@ -50,18 +52,28 @@ def golden_rows(golden):  # the fixture of tests/conftest.py: a directory
   return json.loads((golden / 'greedy.json').read_text())
 
 
-def test_golden_tokens_of_int8_are_the_references(goldens, checkpoint):
+@pytest.mark.parametrize(('weights', 'count'), [('int8', 48), ('int4', golden.ROUNDED_STEPS)])
+def test_golden_tokens_of_rounded_weights_are_the_references(
+  goldens, checkpoint, weights, count, palm_tiny, tmp_path
+):
   """Every golden token is the most likely one after those before it, and by a margin."""
   config = checkpoint.config
-  tensors = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
-  rounded = reference.dequantized(config, reference.quantized(config, tensors))
-  for prompt, tokens in zip(goldens.prompts, goldens.tokens['int8'], strict=True):
+  if weights == 'int8':
+    tensors = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
+    rounded = reference.quantized(config, tensors)
+  else:  # whose scales are searched, so the conversion's own are taken
+    convert(str(palm_tiny), str(tmp_path / 'int4'), 'int4')
+    stored = open_checkpoint(tmp_path / 'int4').tensors
+    rounded = {name: np.asarray(tensor.read()) for name, tensor in stored.items()}
+    assert rounded['query'].dtype == ml_dtypes.int4
+  rounded = reference.dequantized(config, rounded)
+  for prompt, tokens in zip(goldens.prompts, goldens.tokens[weights], strict=True):
     inputs = np.asarray([[0, *prompt, *tokens[:-1]]])
     logits = reference.logits(config, rounded, inputs)[0, len(prompt) :]
-    assert np.argmax(logits, axis=-1).tolist() == tokens and len(tokens) == 48
+    assert np.argmax(logits, axis=-1).tolist() == tokens and len(tokens) == count
     best, second = np.sort(logits, axis=-1)[:, -1], np.sort(logits, axis=-1)[:, -2]
     assert (best - second).min() > 0.005  # rounding of float32 decides nothing
-  assert goldens.tokens['int8'] != goldens.tokens['float32']
+  assert goldens.tokens[weights] != [row[:count] for row in goldens.tokens['float32']]
 
 
 def test_pairs_are_all_that_can_share_weights():
@@ -96,6 +108,7 @@ def test_command_writes_a_report(quick, tmp_path, capsys):
     '8 cpu devices in 1 processes, mesh 1x2x1; t5x_inference_ext ',
     'float32 weights: golden tokens in 1 of 1 pairs of layouts\n',
     'int8 weights: golden tokens in 1 of 1 pairs of layouts\n',
+    'int4 weights: golden tokens in 1 of 1 pairs of layouts\n',
     'served with int8 weights, float32 activations, float32 cache: 100.0% of tokens as golden,',
     'decode of a model of 2 layers, int8, batch 2: measured ',
     'nothing is wrong\n',

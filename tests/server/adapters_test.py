@@ -1,8 +1,12 @@
 """Adapters in the server: a request chooses one as its model."""
 
+import json
+
+import numpy as np
 import openai
 import pytest
 
+from t5x_inference_ext.commands import infer
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs.infer_options import InferOptions
@@ -68,12 +72,38 @@ def test_model_chooses_the_adapter(url, engine, name):
     assert 'ask for at most 49' in long.json()['error']['message']
 
 
-def test_what_an_adapter_can_not_give(url):
-  body = {'model': 'lora-0', 'prompt': IDS, 'max_tokens': 1}
+@pytest.mark.parametrize('name', ['base', 'lora-0', 'prompt-1'])
+def test_an_echoed_prompt_has_the_adapters_log_probabilities(url, engine, name):
+  adapter = None if name == 'base' else name
+  body = {'model': name, 'prompt': IDS, 'max_tokens': 0, 'echo': True, 'logprobs': 1}
   with client(url) as http:
-    for more, word in ({'echo': True, 'logprobs': 1}, 'echoed'), ({'receipt': True}, 'receipt'):
-      answer = http.post('/v1/completions', json={**body, **more})
-      assert answer.status_code == 400 and word in answer.json()['error']['message']
+    (choice,) = http.post('/v1/completions', json=body).json()['choices']
+  first, *found = choice['logprobs']['token_logprobs']
+  (wanted,) = engine.score_completions([(IDS[:1], IDS[1:])], adapter=adapter)
+  assert first is None  # the model has no BOS
+  np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['lora-0', 'prompt-1'])
+def test_a_receipt_records_the_adapter(url, engine, name, testdata, tmp_path, capsys):
+  """Replayed with the adapter under another name, and refused with another adapter."""
+  body = {'model': name, 'prompt': IDS, 'max_tokens': 12, 'receipt': True, 'seed': 5}
+  with client(url) as http:
+    receipt = http.post('/v1/completions', json=body).json()['receipt']
+  assert receipt['request']['tokens'] == IDS
+  assert receipt['request']['adapter'] == [name, engine.adapters.checksums[name]]
+  (tmp_path / 'receipt.json').write_text(json.dumps(receipt))
+  base, adapters = testdata / 'families' / 'smollm2', testdata / 'adapters'
+  command = ['infer', f'--checkpoint={base}', f'--replay={tmp_path}/receipt.json']
+  command += ['--compilation_cache=', '--scan_layers']
+  paths = f'other={adapters}/smollm2-lora-1,mine={adapters}/smollm2-{name}'
+  assert infer.run([*command, f'--adapters={paths}']) == 0
+  out = capsys.readouterr().out
+  assert 'adapters: mine' in out and 'sample 0: all 12 tokens are equal' in out
+  for flags in [], [f'--adapters=other={adapters}/smollm2-lora-1']:
+    assert infer.run([*command, *flags]) == 2
+    error = capsys.readouterr().err
+    assert f'made with the adapter {name}, of CRC-32' in error and error.count('\n') == 1
 
 
 def test_an_adapter_can_not_have_the_models_name(engine):

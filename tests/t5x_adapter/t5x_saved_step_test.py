@@ -2,6 +2,7 @@
 
 import pytest
 
+from t5x_inference_ext.checkpoints.convert import convert
 from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.engine.saved_program import SavedError
 from t5x_inference_ext.precompile import slices
@@ -38,6 +39,21 @@ def test_predictions_are_the_same(palm_tiny, stock_rows, tmp_path, path, monkeyp
   )
   assert _infer(palm_tiny, tmp_path, path) == stock_rows('predict')
   assert loads == [path]  # once, for all batches
+
+
+def test_a_step_with_int4_weights(palm_tiny, tmp_path):
+  """JAX itself refuses int4 arrays as arguments of programs that are loaded."""
+  rounded, found = tmp_path / 'int4', []
+  convert(palm_tiny, rounded, 'int4')
+  model = running.adapter_model(rounded, '1x1x1', task_feature_lengths=inference_tasks.LENGTHS)
+  lengths = inference_tasks.LENGTHS
+  save_infer_step(tmp_path / 'step', model, InferencePartitioner(model), lengths, batch_size=3)
+  for executable in None, tmp_path / 'step':
+    (tmp_path / str(len(found))).mkdir()
+    partitioner = InferencePartitioner(model, executable=executable)
+    output = tmp_path / str(len(found))
+    found.append(running.infer_with(model, partitioner, rounded, output, 'predict'))
+  assert found[0] == found[1] and found[0]
 
 
 @pytest.mark.parametrize('options', [dict(prefill_layout='wg_x/batch'), dict(mode='score')])

@@ -47,7 +47,7 @@ def read_peft(path: str, base: Checkpoint) -> Adapter:
     return Adapter(path, prompt=_prompt(config, stored, base))
   if base.module_map is None:
     advice = (
-      'convert it again from the public model, with this version'
+      'if that is a public model, convert it again with this version'
       if base.format == 'serving'
       else 'name the public model that it was made for'
     )

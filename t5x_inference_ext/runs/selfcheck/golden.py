@@ -13,7 +13,7 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints import Checkpoint
 from t5x_inference_ext.checkpoints.load import load_weights
-from t5x_inference_ext.compiler_options import compiler_options
+from t5x_inference_ext.compiler_options import compiler_options, take_int4
 from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine.inputs import model_inputs
 from t5x_inference_ext.errors import MeshError
@@ -26,8 +26,9 @@ from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout, ch
 
 # Number of tokens to decode, unless both phases have one layout and weights are float32: then all
 # golden tokens are decoded. FEW_STEPS: for two layouts, between which the cache is resharded after
-# the first token. INT8_STEPS: for int8 weights, which change matmuls but not the cache.
-FEW_STEPS, INT8_STEPS = 8, 16
+# the first token. ROUNDED_STEPS: for int8 and int4 weights, which change matmuls but not the cache.
+FEW_STEPS, ROUNDED_STEPS = 8, 16
+DTYPES = ('float32', 'int8', 'int4')  # of weights that have golden tokens
 _CONTEXT = 96  # positions of the cache: the longest prompt, BOS and all new tokens, in whole tiles
 # XLA passes to turn off on a CPU, besides those of selfcheck.few_optimizations, so that loops
 # compile faster.
@@ -41,7 +42,7 @@ class Goldens(NamedTuple):
     checkpoint: SHA-256 of the checkpoint's WeightsIdentity.
     prompts: Token ids of the prompts, without BOS.
     tokens: Dtype of the weights -> new tokens of each prompt. T5X decoded those of 'float32'; a
-      NumPy reference with the rounded weights decoded those of 'int8'.
+      NumPy reference with the rounded weights decoded those of 'int8' and 'int4'.
   """
 
   checkpoint: str
@@ -54,7 +55,7 @@ def read_goldens() -> Goldens:
   file = importlib.resources.files('t5x_inference_ext.runs.selfcheck') / 'golden.json'
   content = json.loads(file.read_text(encoding='utf-8'))
   rows = content['rows']
-  tokens = {dtype: [row[dtype] for row in rows] for dtype in ('float32', 'int8')}
+  tokens = {dtype: [row[dtype] for row in rows] for dtype in DTYPES}
   return Goldens(content['checkpoint'], [row['prompt_tokens'] for row in rows], tokens)
 
 
@@ -123,7 +124,8 @@ def check_goldens(
   check = _Check(checkpoint, mesh, goldens)
   for prefill, decode in pairs:
     begin = time.perf_counter()
-    steps = INT8_STEPS if checkpoint.weights == 'int8' else len(goldens.tokens['float32'][0])
+    rounded = checkpoint.weights != 'float32'
+    steps = ROUNDED_STEPS if rounded else len(goldens.tokens['float32'][0])
     steps = steps if prefill == decode else FEW_STEPS
     different = impossible = ''
     try:
@@ -183,7 +185,7 @@ class _Check:
   def _case(self, phase: str, layout: Layout) -> CompileCase:
     return CompileCase(
       self._checkpoint.config,
-      'int8' if self._checkpoint.weights == 'int8' else 'bfloat16',  # any value but 'int8' is float
+      'bfloat16' if self._checkpoint.weights == 'float32' else self._checkpoint.weights,
       phase,
       len(self._lengths),
       _CONTEXT,
@@ -210,4 +212,4 @@ class _Check:
     options: Any = _QUICK if device.platform == 'cpu' else compiler_options(device)
     # By default a TPU rounds the operands of float32 matmuls to bfloat16.
     with jax.default_matmul_precision('highest'), programs.stated_dtypes():
-      return function.lower(*arguments).compile(compiler_options=options)
+      return take_int4(function.lower(*arguments).compile(compiler_options=options))

@@ -37,6 +37,7 @@ _CHECKOUT = pathlib.Path(__file__).resolve().parents[3]
 _SERVED = (
   ('int8', 'float32', 'float32', 'wg_xyz/batch', 'ws_2d/batch'),
   ('int8', 'bfloat16', 'int8', 'ws_2d/batch', 'ws_2d/batch'),
+  ('int4', 'float32', 'float32', 'ws_2d/batch', 'ws_2d/batch'),
 )
 
 
@@ -112,14 +113,14 @@ def selfcheck(options: SelfcheckOptions) -> bool:
   parts = _Parts()
   with contextlib.ExitStack() as stack:
     stack.enter_context(few_optimizations(mesh))
-    int8 = functools.cache(lambda: _as_int8(checkpoint.path, stack))
+    rounded = functools.cache(lambda weights: _rounded(checkpoint.path, weights, stack))
     parts.run('machine', lambda: _machine(mesh))
-    for weights in ('float32', 'int8'):
-      source = int8 if weights == 'int8' else lambda: checkpoint
+    for weights in golden.DTYPES:
+      source = lambda kind=weights: checkpoint if kind == 'float32' else rounded(kind)
       name = f'golden tokens, {weights} weights'
       parts.run(name, functools.partial(_golden, parts, source, mesh, goldens))
     for served in _SERVED:
-      source = int8 if served[0] == 'int8' else lambda: checkpoint
+      source = functools.partial(rounded, served[0])
       name = f'serving, {served[0]} weights, {served[1]} activations, {served[2]} cache'
       parts.run(name, functools.partial(_serving, parts, source, mesh, goldens, served))
     for model, case in timing.timed_cases(mesh):
@@ -156,11 +157,11 @@ def _find_bundled() -> str:
   )
 
 
-def _as_int8(source: str, stack: contextlib.ExitStack) -> Checkpoint:
-  """Return a checkpoint converted to int8, in a directory that is removed when `stack` closes."""
+def _rounded(source: str, weights: str, stack: contextlib.ExitStack) -> Checkpoint:
+  """Return a converted checkpoint, in a directory that is removed when `stack` closes."""
   directory = stack.enter_context(tempfile.TemporaryDirectory())
-  converted = os.path.join(directory, 'int8')
-  convert(source, converted)
+  converted = os.path.join(directory, weights)
+  convert(source, converted, weights)
   return open_checkpoint(converted)
 
 
@@ -174,7 +175,7 @@ def _golden(
   parts: _Parts, source: Callable[[], Checkpoint], mesh: jax.sharding.Mesh, goldens: golden.Goldens
 ) -> list[dict[str, Any]]:
   checkpoint, pairs = source(), golden.layout_pairs()
-  if checkpoint.weights == 'int8':  # resharding the cache does not depend on the weights' dtype
+  if checkpoint.weights != 'float32':  # resharding the cache does not depend on the weights' dtype
     pairs = [(prefill, decode) for prefill, decode in pairs if prefill == decode]
   print_on_main(f'{checkpoint.weights} weights: {len(pairs)} pairs of layouts ...')
   results = []
