@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.engine.advance import draw_tokens
 from t5x_inference_ext.engine.drafting import DraftInputs, Outlook
+from t5x_inference_ext.engine.row_choice import draw_tokens
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.chunks import constrain_cache, empty_cache

@@ -163,7 +163,7 @@ def choose_drafted(
   width = jnp.asarray(widths)[index]
   counts = jnp.where(before.ended, 0, counts)
   checked = CheckedDrafts(logits, drafts, counts, width, lengths)
-  out = empty_output(slots, drafter.most + 1)
+  out = empty_output(len(before.ended), slots.rows.top_width, drafter.most + 1)
   choice = choose_checked(slots.rows, before, before, drafting, out, checked, masks)
   state = constrain_state(model, choice.state)
   made = state.counts - before.counts

@@ -8,6 +8,7 @@ delayed.
 """
 
 import dataclasses
+import functools
 
 import jax
 from jax import lax
@@ -15,19 +16,21 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t5x_inference_ext.engine.advance import advance
+from t5x_inference_ext.engine.advance import advance, advance_on_shard
 from t5x_inference_ext.engine.drafting import note_tokens
 from t5x_inference_ext.engine.slots import SlotPages, Slots, StepsOutput, replicated
-from t5x_inference_ext.engine.state import ChosenTokens, DecodeState
-from t5x_inference_ext.engine.state_rows import constrain_state
+from t5x_inference_ext.engine.state import ChosenTokens, DecodeState, RowParams
+from t5x_inference_ext.engine.state_rows import constrain_state, state_specs
 from t5x_inference_ext.engine.token_choice import TokenMasks
 from t5x_inference_ext.model.chunks import constrain_cache
+from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.pages import PagedCache
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
+from t5x_inference_ext.sharding.layout import Axes
 
-# State of the loop in decode_steps: step, state, cache, chosen tokens so far.
-_Carry = tuple[jax.Array, DecodeState, PagedCache, ChosenTokens]
+# State of the loop in decode_steps: step, state, lengths of all rows, cache, chosen tokens so far.
+_Carry = tuple[jax.Array, DecodeState, jax.Array, PagedCache, ChosenTokens]
 
 
 def decode_steps(
@@ -56,27 +59,68 @@ def decode_steps(
     read: Number of pages of each shard that attention reads, from the first on. Static.
     read_shared: Number of shared pages that attention reads, from the first on. Static.
   """
-  before, out = state_of(slots, alive), empty_output(slots, most)
+  before = state_of(slots, alive)
+  cache = with_pages(model, weights, slots.cache, pages, read, read_shared)
+  attention = model.decode_sharding(len(before.ended))
+  cache_spec, specs = model.cache_spec(attention, weights, cache), state_specs(model, before)
+  # The whole loop runs on shards: XLA's partitioner would split the rows' state between devices,
+  # and need all-reduces in every step. The rows of the cache are split, those of the state are not.
+  run = jax.shard_map(
+    functools.partial(_steps_on_shard, model, attention.attention_rows, most),
+    mesh=model.mesh,
+    in_specs=(model.weight_specs(weights), cache_spec, P(), specs, P(), P()),
+    out_specs=(cache_spec, specs, P()),
+    check_vma=False,
+  )
+  cache, state, out = run(weights, cache, slots.rows, before, steps, until_free)
+  output = StepsOutput(out, state.counts - before.counts, state.ended, state.failed)
+  return after_steps(model, weights, slots, cache, state), replicated(model, output)
+
+
+def _steps_on_shard(
+  model: Model,
+  attention_rows: Axes,
+  most: int,
+  weights: Weights,
+  cache: PagedCache,
+  rows: RowParams,
+  before: DecodeState,
+  steps: jax.Array,
+  until_free: jax.Array,
+) -> tuple[PagedCache, DecodeState, ChosenTokens]:
+  """Run the loop of `decode_steps` on one shard.
+
+  Args:
+    model, most, steps, until_free: See decode_steps.
+    attention_rows: Mesh axes that split the rows of the cache.
+    weights: This shard's part of the weights.
+    cache: This shard's part of the cache.
+    rows: Parameters of all rows.
+    before: State of all rows; of the history, the shard's rows.
+  """
 
   def running(carry: _Carry) -> jax.Array:
-    i, state, _, _ = carry
+    i, state, *_ = carry
     freed = until_free & jnp.any(state.ended & ~before.ended)
     return (i < steps) & ~jnp.all(state.ended) & ~freed
 
   def step(carry: _Carry) -> _Carry:
-    i, state, cache, out = carry
-    logits, cache = decode_logits_of(model, weights, state, cache)
-    state, chosen = advance(slots.rows, state, logits, cache.lengths)
+    i, state, lengths, cache, out = carry
+    logits, cache = model.decode_on_shard(weights, cache, state.tokens)
+    # For a free slot, the new keys are written after its end, where the next step overwrites them.
+    lengths = jnp.where(state.ended, lengths, lengths + 1)
+    cache = dataclasses.replace(cache, lengths=ops.local_slice(lengths, attention_rows, 0))
+    state, chosen = advance_on_shard(rows, state, logits, lengths, model)
     out = jax.tree.map(
       lambda x, new: lax.dynamic_update_slice_in_dim(x, new[None], i, 0), out, chosen
     )
-    return i + 1, constrain_state(model, state), cache, out
+    return i + 1, state, lengths, cache, out
 
-  cache = with_pages(model, weights, slots.cache, pages, read, read_shared)
-  carry = jnp.asarray(0), constrain_state(model, before), cache, out
-  _, state, cache, out = lax.while_loop(running, step, carry)
-  output = StepsOutput(out, state.counts - before.counts, state.ended, state.failed)
-  return after_steps(model, weights, slots, cache, state), replicated(model, output)
+  lengths = ops.all_gather(cache.lengths, attention_rows, 0)
+  out = empty_output(len(lengths), rows.top_width, most)
+  carry = jnp.asarray(0), before, lengths, cache, out
+  _, state, _, cache, out = lax.while_loop(running, step, carry)
+  return cache, state, out
 
 
 def decode_logits(
@@ -140,9 +184,8 @@ def state_of(slots: Slots, alive: jax.Array) -> DecodeState:
   return dataclasses.replace(slots.state, ended=slots.state.ended | ~alive)
 
 
-def empty_output(slots: Slots, room: int) -> ChosenTokens:
+def empty_output(rows: int, top: int, room: int) -> ChosenTokens:
   """Return zeros with room for `room` tokens of each row: arrays [room, B, ...]."""
-  rows, top = len(slots.state.ended), slots.rows.top_width
   return ChosenTokens(
     jnp.zeros((room, rows), jnp.int32),
     jnp.zeros((room, rows)),

@@ -91,8 +91,9 @@ def speculative_steps(
     read: Number of pages of each shard that attention reads, from the first on. Static.
     read_shared: Number of shared pages that attention reads, from the first on. Static.
   """
-  before, out = state_of(slots, alive), empty_output(slots, most + drafter.most)
-  count, widths = len(before.ended), (0, *verify_widths(drafter.most))
+  before, widths = state_of(slots, alive), (0, *verify_widths(drafter.most))
+  count = len(before.ended)
+  out = empty_output(count, slots.rows.top_width, most + drafter.most)
   split = NamedSharding(model.mesh, P(model.sampling_axes(count)))
   nothing = jnp.zeros((), jnp.int32)
   work = StepsWork(jnp.zeros(len(widths), jnp.int32), nothing, nothing, nothing)

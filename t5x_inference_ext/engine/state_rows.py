@@ -5,6 +5,8 @@ logits.
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 from jax import lax
@@ -16,14 +18,19 @@ from t5x_inference_ext.engine.state import DecodeState, RowParams
 from t5x_inference_ext.model.transformer import Model
 
 
-def state_shardings(model: Model, state: DecodeState) -> DecodeState:
-  """Return the sharding of each array in `state`: arrays or jax.ShapeDtypeStructs."""
-  whole = NamedSharding(model.mesh, P())
-  shardings: DecodeState = jax.tree.map(lambda _: whole, state)
+def state_specs(model: Model, state: DecodeState) -> DecodeState:
+  """Return the PartitionSpec of each array in `state`: arrays or jax.ShapeDtypeStructs."""
+  specs: DecodeState = jax.tree.map(lambda _: P(), state)
   if state.history is None:
-    return shardings
-  split = NamedSharding(model.mesh, P(model.sampling_axes(len(state.ended))))
-  return dataclasses.replace(shardings, history=split)  # type: ignore[arg-type]
+    return specs
+  split: Any = P(model.sampling_axes(len(state.ended)))
+  return dataclasses.replace(specs, history=split)
+
+
+def state_shardings(model: Model, state: DecodeState) -> DecodeState:
+  """Return the sharding of each array in `state`."""
+  shard = functools.partial(NamedSharding, model.mesh)
+  return jax.tree.map(shard, state_specs(model, state), is_leaf=lambda x: isinstance(x, P))
 
 
 def constrain_state(model: Model, state: DecodeState) -> DecodeState:

@@ -1,21 +1,18 @@
 """Generation of a static batch: prefill once, then decode until every row has ended."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from t5x_inference_ext.engine.advance import advance, advance_greedily
+from t5x_inference_ext.engine.advance import advance, advance_on_shard
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.engine.sampling_arrays import (
-  SamplingArrays,
-  SamplingFeatures,
-  end_id_array,
-  stack_params,
-)
+from t5x_inference_ext.engine.sampling_arrays import SamplingArrays, end_id_array, stack_params
 from t5x_inference_ext.engine.slots import replicated
 from t5x_inference_ext.engine.state import DecodeState, RowParams, initial_state
-from t5x_inference_ext.engine.state_rows import constrain_state
+from t5x_inference_ext.engine.state_rows import constrain_state, state_specs
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.chunks import prefill_in_chunks
 from t5x_inference_ext.model.transformer import Model
@@ -99,26 +96,65 @@ def generate_batch(
   else:
     logits, cache = prefill_in_chunks(model, weights, tokens, lengths, cache_size, prefill_chunk)
 
+  soft, vocab_size = weights.soft_prompts is not None, model.config.vocab_size
+  state = initial_state(rows, tokens, lengths, vocab_size, soft_prompts=soft)
+  state = constrain_state(model, state)
+  state, chosen = advance(rows, state, logits, lengths, model)
+  out = jnp.zeros((count, max_new_tokens), jnp.int32).at[:, 0].set(chosen.tokens)
+  attention, specs = model.decode_sharding(count), state_specs(model, state)
+  # The loop runs on shards, as in slot_steps.decode_steps: no state of rows is split.
+  run = jax.shard_map(
+    functools.partial(_steps_on_shard, model),
+    mesh=model.mesh,
+    in_specs=(
+      model.weight_specs(weights),
+      model.cache_spec(attention, weights),
+      P(),
+      P(),
+      specs,
+      P(),
+      P(),
+    ),
+    out_specs=(specs, P(), P()),
+    check_vma=False,
+  )
+  state, out, scores = run(weights, cache, rows, lengths, state, out, chosen.log_probs)
+  return replicated(model, Generation(out, state.counts, scores, state.failed))
+
+
+def _steps_on_shard(
+  model: Model,
+  weights: Weights,
+  cache: KVCache,
+  rows: RowParams,
+  lengths: jax.Array,
+  state: DecodeState,
+  out: jax.Array,
+  scores: jax.Array,
+) -> tuple[DecodeState, jax.Array, jax.Array]:
+  """Decode until every row has ended, on one shard; return the last state, tokens and scores.
+
+  Args:
+    model: Decides mesh and layouts.
+    weights: This shard's part of the weights.
+    cache: This shard's part of the cache.
+    rows: Parameters of all rows.
+    lengths: [B] int32. Number of tokens of each prompt.
+    state: State of all rows after the first token; of the history, the shard's rows.
+    out: [B, max_new_tokens] int32. The first tokens, then zeros.
+    scores: [B] float32. Log-probabilities of the first tokens.
+  """
+
   def step(carry: _Carry) -> _Carry:
     i, state, cache, out, scores = carry
-    if sampling_arrays.features == SamplingFeatures():
-      best, cache = model.decode_greedily(weights, cache, state.tokens)
-      state, chosen = advance_greedily(rows, state, best, model)
-    else:
-      logits, cache = model.decode_step(weights, cache, state.tokens)
-      state, chosen = advance(rows, state, logits, cache.lengths, model)
+    logits, cache = model.decode_on_shard(weights, cache, state.tokens)
+    state, chosen = advance_on_shard(rows, state, logits, lengths + i, model)
     out = jax.lax.dynamic_update_slice(out, chosen.tokens[:, None], (0, i))
     return i + 1, state, cache, out, scores + chosen.log_probs
 
   def running(carry: _Carry) -> jax.Array:
     return ~jnp.all(carry[1].ended)
 
-  soft, vocab_size = weights.soft_prompts is not None, model.config.vocab_size
-  state = initial_state(rows, tokens, lengths, vocab_size, soft_prompts=soft)
-  state = constrain_state(model, state)
-  state, chosen = advance(rows, state, logits, lengths, model)
-  out = jnp.zeros((count, max_new_tokens), jnp.int32).at[:, 0].set(chosen.tokens)
-  _, state, _, out, scores = jax.lax.while_loop(
-    running, step, (jnp.asarray(1), state, cache, out, chosen.log_probs)
-  )
-  return replicated(model, Generation(out, state.counts, scores, state.failed))
+  carry = jnp.asarray(1), state, cache, out, scores
+  _, state, _, out, scores = jax.lax.while_loop(running, step, carry)
+  return state, out, scores

@@ -209,14 +209,12 @@ def _draw(
 ) -> jax.Array:
   """Draw a token for each row from its logits [B, V]; `top` [B, 1] holds each row's largest."""
   vocab_size = logits.shape[1]
-  hot = jnp.asarray(rows.temperature > 0)[:, None]
+  temperature = jnp.asarray(rows.temperature)
+  hot = (temperature > 0)[:, None]
   top_k, top_p = jnp.asarray(rows.top_k), jnp.asarray(rows.top_p)
 
   def scaled(logits: jax.Array, top: jax.Array) -> jax.Array:
-    # The largest logit is subtracted first: a temperature near 0 then sends the others to -inf, and
-    # none to inf.
-    scale = jnp.where(hot, jnp.maximum(jnp.asarray(rows.temperature), SMALLEST)[:, None], 1)
-    return (logits - top) / scale
+    return _scaled(temperature, logits, top)
 
   def from_few(count: int, logits: jax.Array, top: jax.Array) -> jax.Array:
     found, ids = selection.most_likely(scaled(logits, top), count)
@@ -238,3 +236,39 @@ def _draw(
   for count, enough in reversed(features.few):
     sampled = functools.partial(when, enough, functools.partial(from_few, count), sampled)
   return when(features.sampled, sampled, first_of_largest, logits, top)
+
+
+def _scaled(temperature: jax.Array, logits: jax.Array, top: jax.Array) -> jax.Array:
+  """Return (logits - top) / temperature; where the temperature is 0, logits - top."""
+  # The largest logit is subtracted first: a temperature near 0 then sends the others to -inf, and
+  # none to inf.
+  scale = jnp.where(temperature > 0, jnp.maximum(temperature, SMALLEST), 1)
+  return (logits - top) / scale[:, None]
+
+
+def perturbed(
+  vocab_size: int,
+  temperature: Float[Array, ' b'],
+  seeds: UInt32[Array, ' b'],
+  positions: Int[Array, ' b'],
+  logits: Float[Array, 'b v'],
+  top: Float[Array, 'b 1'],
+  ids: Int[Array, '1 v'],
+) -> Float[Array, 'b v']:
+  """Return the scores of tokens, of which a row without top_k and top_p draws the highest.
+
+  Args:
+    vocab_size: V.
+    temperature: [b] float32.
+    seeds: [b] uint32. Seeds of the sampling noise.
+    positions: [b] int32. Position of the chosen token in its row.
+    logits: [b, v] float32. Logits of some tokens.
+    top: [b, 1] float32. The largest logit of each row among all tokens.
+    ids: [1, v] int32. Ids of the tokens.
+  """
+  ids = jnp.broadcast_to(ids, logits.shape)
+  noise = selection.gumbel(seeds, positions, ids, vocab_size)
+  noise = jnp.where((temperature > 0)[:, None], noise, 0)
+  # The barrier keeps XLA from computing the noise in both searches: that for the largest score,
+  # and that for its token.
+  return lax.optimization_barrier(_scaled(temperature, logits, top) + noise)

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.model.best_tokens import BestTokens
+from t5x_inference_ext.model.best_tokens import BestTokens, best_tokens
 from t5x_inference_ext.model.cache import KeysValues, KVCache
-from t5x_inference_ext.model.embedding import best_next_tokens, last_positions, unembed
+from t5x_inference_ext.model.embedding import last_positions, local_logits, unembed, whole_rows
 from t5x_inference_ext.model.finite import mark_broken_before
 from t5x_inference_ext.model.forward import Finish, forward
 from t5x_inference_ext.model.pages import AnyCache, append_tokens
@@ -43,13 +43,8 @@ class CachedPasses(ShardedModel):
       Logits [B, V] float32, NaN in a row whose residual stream is not finite; and the cache with
       the token in it.
     """
-    rows = tokens.shape[0]
-    sharding = self.decode_sharding(rows)
-
-    def head(weights: Weights, x: jax.Array) -> jax.Array:
-      return unembed(self, sharding, weights, x, (), rows)[:, 0]
-
-    return self._decode(weights, cache, tokens, sharding, head, P(self.sampling_axes(rows)))
+    logits, cache = self.decode_locally(weights, cache, tokens)
+    return self.whole_logits(logits), cache
 
   def decode_greedily(
     self, weights: Weights, cache: AnyCache, tokens: Int[Array, ' B']
@@ -59,41 +54,70 @@ class CachedPasses(ShardedModel):
     Returns:
       The most likely next token of each row, on every device; and the cache with the token in it.
     """
+    logits, cache = self.decode_locally(weights, cache, tokens)
+    return self.best_of(logits), cache
+
+  def decode_locally(
+    self, weights: Weights, cache: AnyCache, tokens: Int[Array, ' B']
+  ) -> tuple[Float[Array, 'B v'], AnyCache]:
+    """Run one token per row as decode_step does, and leave the logits where they are computed.
+
+    Returns:
+      Logits [B, v] float32, v the padded vocabulary, split by local_logits_axes; and the cache with
+      the token in it.
+    """
+    rows = tokens.shape[0]
+    spec = self.cache_spec(self.decode_sharding(rows), weights, cache)
+    return jax.shard_map(
+      self.decode_on_shard,
+      mesh=self.mesh,
+      in_specs=(self.weight_specs(weights), spec, P()),
+      out_specs=(P(*self.local_logits_axes(rows)), spec),
+      check_vma=False,
+    )(weights, cache, tokens)
+
+  def decode_on_shard(
+    self, weights: Weights, cache: AnyCache, tokens: Int[Array, ' B']
+  ) -> tuple[Float[Array, 'b v'], AnyCache]:
+    """Run decode_locally on one shard, inside shard_map.
+
+    Args:
+      weights: This shard's part of the weights.
+      cache: This shard's part of the cache.
+      tokens: [B] int32. The next token of each row, on every shard.
+    """
     rows = tokens.shape[0]
     sharding = self.decode_sharding(rows)
 
-    def head(weights: Weights, x: jax.Array) -> BestTokens:
-      return best_next_tokens(self, sharding, weights, x, rows)
-
-    return self._decode(weights, cache, tokens, sharding, head, P())
-
-  def _decode(
-    self,
-    weights: Weights,
-    cache: AnyCache,
-    tokens: jax.Array,
-    sharding: ActivationSharding,
-    head: Callable[[Weights, jax.Array], Any],
-    head_spec: P,
-  ) -> tuple[Any, AnyCache]:
-    """Run a decode step; return head(weights, x [b, 1, e]) and the cache.
-
-    Args:
-      weights, cache, tokens: See decode_step.
-      sharding: Sharding of the step's activations.
-      head: Function of a shard's weights and residual stream after the last layer.
-      head_spec: PartitionSpecs of head's results.
-    """
-
     def finish(
       weights: Weights, cache: AnyCache, x: jax.Array, kv: KeysValues
-    ) -> tuple[Any, AnyCache]:
-      return head(weights, x), append_tokens(cache, *kv)
+    ) -> tuple[jax.Array, AnyCache]:
+      logits = local_logits(self, sharding, weights, x, (), rows)[:, 0]
+      return logits, append_tokens(cache, *kv)
 
-    spec = self.cache_spec(sharding, weights, cache)
-    return self.on_shards(sharding, finish, weights, spec, inputs=(), outputs=(head_spec, spec))(
-      weights, cache, tokens
-    )
+    return forward(self, sharding, finish, None, weights, cache, tokens)
+
+  def whole_logits(self, logits: Float[Array, 'B v']) -> Float[Array, 'B V']:
+    """Return the logits of decode_locally as decode_step does: each device has whole rows."""
+    rows = len(logits)
+    return jax.shard_map(
+      lambda x: whole_rows(self, x[:, None], rows)[:, 0],
+      mesh=self.mesh,
+      in_specs=P(*self.local_logits_axes(rows)),
+      out_specs=P(self.sampling_axes(rows)),
+      check_vma=False,
+    )(logits)
+
+  def best_of(self, logits: Float[Array, 'B v']) -> BestTokens:
+    """Return each row's most likely token by the logits of decode_locally, on every device."""
+    axes = self.local_logits_axes(len(logits))
+    return jax.shard_map(
+      lambda x: best_tokens(x, *axes),
+      mesh=self.mesh,
+      in_specs=P(*axes),
+      out_specs=P(),
+      check_vma=False,
+    )(logits)
 
   def verify(
     self, weights: Weights, cache: AnyCache, tokens: Int[Array, 'B T'], counts: Int[Array, ' B']

@@ -14,8 +14,6 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.model.best_tokens import BestTokens, best_tokens
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.finite import broken_rows, mark_rows
 from t5x_inference_ext.model.norm import norm
@@ -164,36 +162,53 @@ def unembed(
   Returns:
     [r, T, V] float32: logits at all positions of x, of this shard's r rows of B.
   """
-  products = _head_products(model, sharding, weights, x, position_axes, rows)
-  stored, sampling_axes = sharding.layout.stored_hidden, model.sampling_axes(rows)
-  hidden_rows = tuple(a for a in stored if a in sampling_axes)
-  logits = ops.all_to_all(products[:, :, None], hidden_rows, 0, 2)  # [rows, T, blocks, v]
-  logits = ops.all_gather(logits, tuple(a for a in stored if a not in sampling_axes), 2)
-  logits = logits.reshape(*logits.shape[:2], -1)[..., : model.config.vocab_size]
-  return _logits_of(logits, weights.head_bias, model.config)
+  return whole_rows(model, local_logits(model, sharding, weights, x, position_axes, rows), rows)
 
 
-def best_next_tokens(
+def local_logits(
   model: ShardedModel,
   sharding: ActivationSharding,
   weights: Weights,
-  x: Float[Array, 'b 1 e'],
+  x: Float[Array, 'b t e'],
+  position_axes: Axes,
   rows: int,
-) -> BestTokens:
-  """Return, on every shard, each row's most likely token by the logits that `unembed` would return.
+) -> Float[Array, 'r T v']:
+  """Compute float32 logits where the head's products lie: each shard's part of the vocabulary.
 
-  See unembed for the arguments.
+  The stored hidden axes split the vocabulary, padded with -inf. See unembed for the arguments.
+
+  Returns:
+    [r, T, v] float32: of all rows, or of this embed shard's rows (model.local_logits_axes).
   """
-  stored, size = sharding.layout.stored_hidden, model.config.vocab_size
-  products = _head_products(model, sharding, weights, x, (), rows)[:, 0]
-  width, bias = products.shape[1], weights.head_bias
+  (_, stored), size = model.local_logits_axes(rows), model.config.vocab_size
+  products = _head_products(model, sharding, weights, x, position_axes, rows)
+  width, bias, cap = products.shape[2], weights.head_bias, model.config.logit_soft_cap
+  logits = products * model.config.d_model**-0.5
   if bias is not None:
-    padding = width * ops.axis_size(stored) - size
-    bias = ops.local_slice(jnp.pad(bias, (0, padding)), stored, 0)
-  logits = _logits_of(products[:, None], bias, model.config)[:, 0]
-  id_ = ops.shard_index(stored) * width + jnp.arange(width)[None, :]
-  axes = tuple(a for a in sharding.layout.stored_embed if a in model.sampling_axes(rows))
-  return best_tokens(jnp.where(id_ < size, logits, -jnp.inf), stored, axes)
+    padded = jnp.pad(bias, (0, width * ops.axis_size(stored) - size))
+    logits = logits + ops.local_slice(padded, stored, 0)[None, None]
+  logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+  ids = ops.shard_index(stored) * width + jnp.arange(width)[None, None]
+  return jnp.where(ids < size, logits, -jnp.inf)
+
+
+def whole_rows(
+  model: ShardedModel, logits: Float[Array, 'r T v'], rows: int
+) -> Float[Array, 'own T V']:
+  """Move the logits of `local_logits`, so that each shard has whole rows of the vocabulary.
+
+  Args:
+    model: Gives the axes that split logits.
+    logits: [r, T, v]. Logits of a part of the vocabulary.
+    rows: B of the pass.
+
+  Returns:
+    [own, T, V] float32: logits of this shard's rows, which model.sampling_axes split.
+  """
+  axes, (_, vocabulary) = model.sampling_axes(rows), model.local_logits_axes(rows)
+  moved = ops.all_to_all(logits[:, :, None], tuple(a for a in vocabulary if a in axes), 0, 2)
+  blocks = ops.all_gather(moved, tuple(a for a in vocabulary if a not in axes), 2)
+  return blocks.reshape(*blocks.shape[:2], -1)[..., : model.config.vocab_size]
 
 
 def _head_products(
@@ -222,17 +237,6 @@ def _head_products(
   x = ops.local_slice(x, gathered, 2)
   # [B, T, v], partial sums over the embed axis.
   products = int8.matmul(x, table, scales, dtype=jnp.float32, transposed=True)
-  sampling_axes = model.sampling_axes(rows)
-  embed_rows = tuple(a for a in layout.stored_embed if a in sampling_axes)
-  products = ops.reduce_scatter(products, embed_rows, 0)
-  return ops.all_reduce(products, tuple(a for a in layout.stored_embed if a not in sampling_axes))
-
-
-def _logits_of(
-  products: Float[Array, 'r t v'], bias: Float[Array, ' v'] | None, config: ModelConfig
-) -> Float[Array, 'r t v']:
-  logits = products * config.d_model**-0.5
-  if bias is not None:
-    logits = logits + bias[None, None]
-  cap = config.logit_soft_cap
-  return logits if cap is None else cap * jnp.tanh(logits / cap)
+  split_rows, _ = model.local_logits_axes(rows)
+  products = ops.reduce_scatter(products, split_rows, 0)
+  return ops.all_reduce(products, tuple(a for a in layout.stored_embed if a not in split_rows))

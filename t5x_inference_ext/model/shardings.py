@@ -123,6 +123,11 @@ class ShardedModel:
     """Return the mesh axes that split the rows of logits [rows, V]."""
     return activations.sampling_axes(self.prefill_layout, rows, self.mesh.shape)
 
+  def local_logits_axes(self, rows: int) -> tuple[Axes, Axes]:
+    """Return the mesh axes that split the rows, and the vocabulary, of logits as computed."""
+    layout, axes = self.prefill_layout, self.sampling_axes(rows)
+    return tuple(a for a in layout.stored_embed if a in axes), layout.stored_hidden
+
   def padded_batch(self, rows: int) -> int:
     """Round a number of rows up so that decode splits them over all mesh axes it can use."""
     return activations.padded_batch(self.decode_layout, rows, self.mesh.shape)

@@ -1,18 +1,21 @@
 """The most likely tokens found on shards of the vocabulary are those of whole rows of logits."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
 from t5x_inference_ext.engine import programs
-from t5x_inference_ext.engine.advance import advance, advance_greedily
+from t5x_inference_ext.engine.advance import advance, advance_on_shard
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.engine.sampling_arrays import end_id_array, stack_params
-from t5x_inference_ext.engine.state import RowParams, initial_state
+from t5x_inference_ext.engine.slot_params import slot_row
+from t5x_inference_ext.engine.state import initial_state
+from t5x_inference_ext.engine.state_rows import state_specs
 from t5x_inference_ext.model.best_tokens import best_tokens
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.mesh import make_mesh
@@ -20,13 +23,15 @@ from tests import memory
 from tests.model import layouts_test
 from tests.model.layouts_test import Case
 
+by_logits = memory.quick_jit(advance)
+start = memory.quick_jit(initial_state, static_argnames='vocab_size')
 greedy_step = memory.quick_jit(Model.decode_greedily, static_argnames='self')
 
 
 def found_on(mesh, logits, vocabulary, rows):
   return jax.jit(
     jax.shard_map(
-      lambda x: best_tokens(x, vocabulary, rows),
+      lambda x: best_tokens(x, rows, vocabulary),
       mesh=make_mesh(mesh),
       in_specs=P(rows, vocabulary),
       out_specs=P(),
@@ -85,29 +90,41 @@ def test_a_greedy_step_takes_the_largest_logit_of_a_step(case, change):
   jax.tree.map(np.testing.assert_array_equal, after, greedy_after)
 
 
-def test_greedy_rows_advance_as_by_their_logits():
-  model, count = Model(memory.ODD, make_mesh((1, 1, 1))), 4
-  arrays = stack_params([SamplingParams(stop=((5, 7),))] * count, 101)
-  rows = RowParams(
-    arrays,
-    np.arange(count, dtype=np.uint32),
-    np.full(count, 3, np.int32),
-    end_id_array(9, count),
-    np.zeros(count, np.int32),
-  )
+@pytest.mark.parametrize('mesh', [(2, 2, 2), (1, 4, 2), (2, 1, 1)], ids=str)
+@pytest.mark.parametrize('whole', [False, True])
+def test_rows_advance_as_by_whole_rows_of_logits(mesh, whole):
+  """Greedy rows and rows with a temperature; with `whole`, one more that needs whole rows."""
+  model, count, vocab_size = Model(memory.ODD, make_mesh(mesh)), 8, memory.ODD.vocab_size
+  params = [SamplingParams(temperature=t) for t in (0.0, 0.7, 0.0, 1.3, 0.0, 1e-6, 2.0)]
+  params.append(SamplingParams(0.9, top_p=0.8) if whole else SamplingParams())
+  one = [
+    slot_row(p, vocab_size, seed=i, limit=9, end_ids=[9], top_width=2) for i, p in enumerate(params)
+  ]
+  rows = jax.tree.map(lambda *x: np.concatenate(x), *one)
   inputs = memory.tokens(memory.ODD, count, 2)
-  state = initial_state(rows, jnp.asarray(inputs), jnp.full(count, 2), 101)
-  greedy, by_logits, by_best = (
-    state,
-    memory.quick_jit(advance, static_argnums=4),
-    memory.quick_jit(advance_greedily, static_argnums=3),
+  state = start(rows, jnp.asarray(inputs), jnp.full(count, 2), vocab_size=vocab_size)
+  row_axes, vocabulary = model.local_logits_axes(count)
+  width = -(-vocab_size // 8) * 8
+  split = NamedSharding(model.mesh, P(row_axes, vocabulary))
+  specs = state_specs(model, state)
+  by_shards = memory.quick_jit(
+    jax.shard_map(
+      functools.partial(advance_on_shard, model=model),
+      mesh=model.mesh,
+      in_specs=(P(), specs, split.spec, P()),
+      out_specs=(specs, P()),
+      check_vma=False,
+    )
   )
-  for wanted in ([5, 9, 1, 3], [7, 1, 2, 4], [1, 1, 2, 5]):
-    logits = 3 * jax.nn.one_hot(jnp.asarray(wanted), 101)
-    logits = logits.at[3, 0].set(jnp.nan if wanted[3] == 4 else 0)
-    best = found_on((1, 1, 1), logits, ('z', 'y'), ())
-    state, chosen = by_logits(rows, state, logits, jnp.full(count, 3), model)
-    greedy, greedily = by_best(rows, greedy, best, model)
-    jax.tree.map(np.testing.assert_array_equal, (state, chosen.tokens), (greedy, greedily.tokens))
-    np.testing.assert_allclose(chosen.log_probs, greedily.log_probs, atol=1e-6)
-  np.testing.assert_array_equal(state.ended, True)
+  local, random = state, np.random.default_rng(0)
+  for step in range(3):
+    logits = random.normal(size=(count, vocab_size)).astype(np.float32) * 2
+    logits[0, [3, 50, 100]] = 9  # a tie
+    logits[2, 30] = np.nan if step == 2 else 0
+    padded = np.pad(logits, ((0, 0), (0, width - vocab_size)), constant_values=-np.inf)
+    positions = jnp.full(count, 3 + step)
+    state, chosen = by_logits(rows, state, jnp.asarray(logits), positions)
+    local, found = by_shards(rows, local, jax.device_put(padded, split), positions)
+    jax.tree.map(np.testing.assert_array_equal, (state, chosen.tokens), (local, found.tokens))
+    np.testing.assert_allclose(chosen.log_probs, found.log_probs, rtol=1e-6, atol=1e-6)
+  assert state.failed.tolist() == [False, False, True] + [False] * 5

@@ -68,6 +68,13 @@ def test_no_program_of_slot_refill_does(phase, layout):
   assert not _relaid('int8', phase, layout)
 
 
+def test_no_pages_of_several_key_heads_are_laid_out_anew():
+  """With heads between positions and features, a call copied every layer's pages, and back."""
+  config = _layers('llama3_8b', 2)
+  answer = analyze(config, 'int8', 'v4:2x2x1', 'slots', 32, 2048, layout='ws_2d/batch')
+  assert not answer.estimate.weight_copies
+
+
 @pytest.mark.parametrize(
   'phase, layout',
   [('decode', 'ws_1d/heads'), ('decode', 'ws_2d/batch'), ('prefill', 'ws_2d/batch')],

@@ -220,6 +220,13 @@ def test_a_step_of_slots_is_a_decode_step_and_the_choice_of_tokens():
 
 
 @pytest.mark.libtpu
+def test_the_state_of_rows_is_whole_on_every_chip():
+  """Where XLA's partitioner may split it, each of its arrays takes an all-reduce in every step."""
+  sent = [c for c in _answer('slots').estimate.costs if c.collective and c.op_name]
+  assert sent and all('shard_map' in c.op_name for c in sent)
+
+
+@pytest.mark.libtpu
 @pytest.mark.parametrize(
   'layout, other',
   [('ws_2d/batch', 'ws_2d/batch'), ('ws_2d/batch', 'wg_xyz/batch'), ('ws_2d/heads', 'wg_xy/batch')],
