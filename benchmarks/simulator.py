@@ -6,13 +6,16 @@ Run from the root of a checkout. A small random model serves random requests wit
 in real time; then the simulator serves equal requests in virtual time. Its prices are a measured
 table of the time that each program takes. The benchmark prints the latencies of both, and the
 relative differences, at several loads. A load is a share of the highest rate of requests that can
-be served, according to the simulator. The table is the average of measurements before and after
-each real run, because the machine's speed drifts; nothing is fitted to latencies. --prices writes
-the last table, for `plan --prices`. With --speculate only this table is measured and written: a
-random model's text says nothing about drafts.
+be served, according to the simulator. Load 1e9 lets all requests arrive at once.
+
+The machine's speed drifts, by tens of percent where other programs run. So the engine's clock is
+stopped every --every seconds, and all programs are timed once; nothing is fitted to latencies. The
+table has the means of these times. --prices writes the last table, for `plan --prices`. With
+--speculate only a table is measured and written: a random model's text says nothing about drafts.
 """
 
 import argparse
+from collections.abc import Sequence
 import os
 
 import jax
@@ -21,20 +24,37 @@ from benchmarks.continuous import make_engine
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import config_for
 from t5x_inference_ext.simulator.clock import WallClock
-from t5x_inference_ext.simulator.measure import measure_service
-from t5x_inference_ext.simulator.prices import PricedProgram, PricedService, PriceTable
+from t5x_inference_ext.simulator.measure import ServiceTimer, mean_of
+from t5x_inference_ext.simulator.prices import PricedService, PriceTable
 from t5x_inference_ext.simulator.service import ServedTrace, WaitingLimits, serve_arrivals
 from t5x_inference_ext.simulator.simulate import simulate
-from t5x_inference_ext.simulator.trace import RandomTrace
+from t5x_inference_ext.simulator.trace import Arrival, RandomTrace
 
 NO_LIMITS = WaitingLimits(10**9, 10**12)
 
 
-def mean_of(before: PricedService, after: PricedService) -> list[PricedProgram]:
-  """Return the mean of two tables with equal rows."""
-  return [
-    a._replace(seconds=(a.seconds + b.seconds) / 2) for a, b in zip(before.programs, after.programs)
-  ]
+def serve_and_measure(
+  scheduler: Scheduler, arrivals: Sequence[Arrival], timer: ServiceTimer, every: float
+) -> tuple[ServedTrace, PricedService]:
+  """Serve requests in real time; return the latencies, and the mean times of programs meanwhile.
+
+  Args:
+    scheduler: An idle scheduler.
+    arrivals: The requests, by arrival.
+    timer: Times the programs.
+    every: Seconds of serving between two measurements of all programs.
+  """
+  tables = [timer.measure()]
+
+  def measure() -> None:
+    if clock.now() > every * len(tables):
+      scheduler.executor.wait()
+      with clock.stopped():
+        tables.append(timer.measure())
+
+  clock = WallClock()
+  served = serve_arrivals(scheduler, arrivals, clock, NO_LIMITS, measure)
+  return served, timer.service(mean_of(tables))
 
 
 def print_beside(real: ServedTrace, virtual: ServedTrace) -> None:
@@ -69,7 +89,8 @@ def main() -> None:
   parser.add_argument('--d_model', type=int, default=256, help='a multiple of 64')
   parser.add_argument('--vocabulary', type=int, default=4096)
   parser.add_argument('--dtype', default='float32')
-  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--repeats', type=int, default=5, help='first measurements of programs')
+  parser.add_argument('--every', type=float, default=1.0, help='seconds between measurements')
   args = parser.parse_args()
   engine = make_engine(args.layers, args.d_model, args.vocabulary, args.dtype)
   model, weights = engine.model, engine.weights
@@ -81,29 +102,28 @@ def main() -> None:
   cores = len(os.sched_getaffinity(0))
   kind = f'{jax.devices()[0].device_kind}, {cores} cores'
   print(f'{model.config}\n{kind}, {config.slots} slots, real and simulated:')
-  before = measure_service(model, weights, config, args.repeats)
+  timer = ServiceTimer(model, weights, config)
+  timer.measure()  # compiles
+  priced = timer.service(mean_of([timer.measure() for _ in range(args.repeats)]))
   for load in map(float, args.load.split(',') if args.speculate is None else ()):
     at_once = trace.arrivals(1e9, args.vocabulary)
-    full = simulate(
-      model, config, PriceTable(before.programs), at_once, NO_LIMITS, shared=before.shared
-    )
+    table = PriceTable(priced.programs)
+    full = simulate(model, config, table, at_once, NO_LIMITS, shared=priced.shared)
     rate = load * args.requests / full.seconds
     arrivals = trace.arrivals(rate, args.vocabulary)
     scheduler = Scheduler(model, weights, config)
     scheduler.warm_up()
-    real = serve_arrivals(scheduler, arrivals, WallClock(), NO_LIMITS)
-    after = measure_service(model, weights, config, args.repeats)
-    prices = mean_of(before, after)
-    virtual = simulate(model, config, PriceTable(prices), arrivals, NO_LIMITS, shared=before.shared)
+    real, priced = serve_and_measure(scheduler, arrivals, timer, args.every)
+    table = PriceTable(priced.programs)
+    virtual = simulate(model, config, table, arrivals, NO_LIMITS, shared=priced.shared)
     print(f'{args.requests} requests, {rate:.1f} a second, load {load:g}:')
     print_beside(real, virtual)
-    before = after
-  for row in before.programs:
+  for row in priced.programs:
     sizes = ', '.join(f'{name}={size}' for name, size in row.sizes.items())
     print(f'{row.program}({sizes}): {row.seconds * 1e3:.3f} ms')
   if args.prices:
     with open(args.prices, 'w', encoding='utf-8') as file:
-      file.write(before.text())
+      file.write(priced.text())
 
 
 if __name__ == '__main__':
