@@ -80,7 +80,7 @@ class OneKind(StepPrices):
 
   def next(self) -> np.ndarray:
     """Return a low price of the kind, and a high one of the others."""
-    return np.where(np.arange(len(self._first)) == self._kind, 1.0, 1e6).astype(np.float32)
+    return np.where(np.arange(len(self.prices)) == self._kind, 1.0, 1e6).astype(np.float32)
 
 
 class TimedExecutor:

@@ -21,6 +21,9 @@ KEPT, FIRST_WEIGHT, REMEMBERED = 0.98, 0.005, 256
 MOST_PULL, FITS = 1.25, 8
 # Least price, as a multiple of the assumed one.
 LEAST = 0.5
+# A program's own time, beside its steps: the assumed one, the least and the greatest, in plain
+# steps. Without it, the few steps of a trial would seem to take longer than other plain steps.
+START, LEAST_START, MOST_START = 0.05, 0.01, 2.0
 # One in so many programs checks no drafts, so that the time of plain steps is known, whatever pays;
 # it has at most TRIAL_STEPS steps.
 PLAIN_EVERY, TRIAL_STEPS = 64, 2
@@ -46,10 +49,11 @@ class StepPrices:
   """
 
   def __init__(self, widths: Sequence[int]) -> None:
-    self._first = np.log1p(FIRST_PRICE * np.asarray(widths, np.float64))
-    self._logs = self._first  # of the prices
-    # Of recent programs: log of the seconds, and the number of steps of each kind.
-    self._measured = np.zeros((0, 1 + len(widths)))
+    # Logs of the assumed and the present prices, then of a program's own time.
+    self._first = np.log([*(1 + FIRST_PRICE * np.asarray(widths)), START])
+    self._logs = self._first
+    # Of recent programs: log of the seconds, the number of steps of each kind, and 1.
+    self._measured = np.zeros((0, 2 + len(widths)))
     self._asked, self._agreed = 0, self.prices
     self._messages: distributed.Messages | None = None
     if jax.process_count() > 1:
@@ -58,7 +62,7 @@ class StepPrices:
   @property
   def prices(self) -> np.ndarray:
     """The price of each kind of step, [W] float32: its time divided by that of a plain step."""
-    return np.exp(self._logs).astype(np.float32)
+    return np.exp(self._logs[:-1]).astype(np.float32)
 
   @property
   def tries_plain(self) -> bool:
@@ -81,7 +85,7 @@ class StepPrices:
     """Learn from a program that took `seconds` for `passes` [W] steps of each kind."""
     if not passes.any() or seconds <= 0:
       return
-    row = [[np.log(seconds), *passes]]
+    row = [[np.log(seconds), *passes, 1]]
     self._measured = np.concatenate([self._measured, row])[-REMEMBERED:]
     if len(self._measured) > 1:
       for _ in range(FITS):
@@ -92,7 +96,7 @@ class StepPrices:
 
   def _fit(self) -> None:
     """Take a Gauss-Newton step towards the prices with the least errors (Huber's) of the ratios."""
-    times = self._measured[:, 1:] * np.exp(self._logs)  # [N, W], in plain steps
+    times = self._measured[:, 1:] * np.exp(self._logs)  # [N, W + 1], in plain steps
     whole = times.sum(axis=1, keepdims=True)
     change = _from_before(times / whole)
     slower = _from_before(self._measured[:, :1] - np.log(whole))
@@ -102,9 +106,10 @@ class StepPrices:
       weighted @ change + FIRST_WEIGHT * np.eye(len(self._first)),
       (weighted @ slower)[:, 0] + FIRST_WEIGHT * (self._first - self._logs),
     )
-    found = self._logs + move - move[0]
+    *found, start = self._logs + move - move[0]
     # A step that checks more tokens never takes less time.
-    self._logs = np.maximum.accumulate(np.maximum(found, self._first + np.log(LEAST)))
+    found = np.maximum.accumulate(np.maximum(found, self._first[:-1] + np.log(LEAST)))
+    self._logs = np.asarray([*found, np.clip(start, np.log(LEAST_START), np.log(MOST_START))])
 
 
 def _from_before(rows: np.ndarray) -> np.ndarray:
