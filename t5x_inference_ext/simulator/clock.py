@@ -1,7 +1,5 @@
 """Clocks for the loop of a service: the machine's time, or virtual time."""
 
-from collections.abc import Iterator
-import contextlib
 import time
 from typing import Protocol
 
@@ -29,13 +27,6 @@ class WallClock:
   def sleep_until(self, moment: float) -> None:
     """Sleep until this time, in seconds."""
     time.sleep(max(0.0, moment - self.now()))
-
-  @contextlib.contextmanager
-  def stopped(self) -> Iterator[None]:
-    """Let the clock stand still meanwhile."""
-    at = time.perf_counter()
-    yield
-    self._begin += time.perf_counter() - at
 
 
 class VirtualClock:

@@ -1,6 +1,6 @@
 """Measure the times of a scheduler's programs on this machine's devices."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import itertools
@@ -36,23 +36,20 @@ _HOST_REQUESTS = 200
 def measure_service(
   model: Model, weights: Weights, config: SchedulerConfig, repeats: int = 5
 ) -> PricedService:
-  """Return the mean times of a scheduler's programs, over `repeats` measurements of all of them.
+  """Return the mean times of a scheduler's programs, over `repeats` runs of _CALLS calls.
+
+  Means, not medians: occasional delays of a machine slow a service on it too. Programs whose output
+  the host reads are timed as the scheduler runs them: each starts before the previous output is
+  read.
 
   All programs that a service needs are run, so this takes longer than Scheduler.warm_up.
   """
-  timer = ServiceTimer(model, weights, config)
-  timer.measure()  # compiles
-  return timer.service(mean_of([timer.measure() for _ in range(repeats)]))
-
-
-def mean_of(tables: Sequence[Sequence[PricedProgram]]) -> list[PricedProgram]:
-  """Return the mean of tables with equal rows.
-
-  Means, not medians: occasional delays of a machine slow a service on it too.
-  """
-  return [
-    rows[0]._replace(seconds=statistics.fmean(row.seconds for row in rows)) for rows in zip(*tables)
-  ]
+  timer = _Timer(model, weights, config, repeats)
+  rows = [*timer.prefill(), *timer.insertions(), *timer.steps(), *timer.copies()]
+  rows += [timer.start(), PricedProgram('host', {}, host_seconds(model, config))]
+  layouts = model.prefill_layout, model.decode_layout
+  x, y, z = model.mesh.shape.values()
+  return PricedService(config, (x, y, z), layouts, tuple(rows), timer.shared)
 
 
 def host_seconds(model: Model, config: SchedulerConfig) -> float:
@@ -69,20 +66,14 @@ def host_seconds(model: Model, config: SchedulerConfig) -> float:
   return (time.perf_counter() - begin) / max(1, next(turns))
 
 
-class ServiceTimer:
-  """Times the programs of a scheduler that has no requests.
+class _Timer:
+  """Times the programs of a scheduler that has no requests."""
 
-  Args:
-    model: Decides mesh and layouts.
-    weights: Weights on that mesh.
-    config: Sizes of the scheduler.
-  """
-
-  def __init__(self, model: Model, weights: Weights, config: SchedulerConfig) -> None:
-    self._model, self._config = model, config
+  def __init__(self, model: Model, weights: Weights, config: SchedulerConfig, repeats: int) -> None:
+    self._config, self._repeats = config, repeats
     self._executor = DeviceExecutor(model, weights, config)
     self._vocab_size = model.config.vocab_size
-    self._shared = model.mesh.devices.flat[0].platform == 'cpu'
+    self.shared = model.mesh.devices.flat[0].platform == 'cpu'
     self._table = SlotTable(config, self._executor.shards)
     drafts = config.speculate
     self._widths = (0,) if drafts is None else (0, *verify_widths(drafts.most))
@@ -92,41 +83,25 @@ class ServiceTimer:
       row = Row(Handle(slot, Request((0,))), 0, (), None)
       self._table.enter(slot, row, min(_PROMPT + self._calls * tokens, config.max_length), [])
 
-  @functools.cached_property
-  def _host(self) -> PricedProgram:
-    return PricedProgram('host', {}, host_seconds(self._model, self._config))
-
-  def measure(self) -> list[PricedProgram]:
-    """Time each program once, by several calls in a row; the first time, programs also compile.
-
-    Programs whose output the host reads are timed as the scheduler runs them: each starts before
-    the previous output is read.
-    """
-    programs = self.prefill(), self.insertions(), self.steps(), self.copies()
-    return [*itertools.chain(*programs), self.start(), self._host]
-
-  def service(self, programs: Sequence[PricedProgram]) -> PricedService:
-    """Return a file of prices with this table."""
-    layouts = self._model.prefill_layout, self._model.decode_layout
-    x, y, z = self._model.mesh.shape.values()
-    return PricedService(self._config, (x, y, z), layouts, tuple(programs), self._shared)
-
   def _time(
     self, run: Callable[[], StepsOutput | None], prepare: Callable[[], object] | None = None
   ) -> float:
     """Return the mean time of a call, of several in a row after `prepare`."""
-    if prepare is not None:
-      prepare()
-    self._executor.wait()
-    begin = time.perf_counter()
-    before = None
-    for _ in range(self._calls):
-      output = run()
-      if before is not None:
-        self._executor.fetch(before)
-      before = output
-    self._executor.wait()
-    return (time.perf_counter() - begin) / self._calls
+    found = []
+    for _ in range(self._repeats + 1):  # the first run compiles
+      if prepare is not None:
+        prepare()
+      self._executor.wait()
+      begin = time.perf_counter()
+      before = None
+      for _ in range(self._calls):
+        output = run()
+        if before is not None:
+          self._executor.fetch(before)
+        before = output
+      self._executor.wait()
+      found.append((time.perf_counter() - begin) / self._calls)
+    return statistics.fmean(found[1:])
 
   def _copies(self, count: int) -> BlockCopies | None:
     """Return copies of the first blocks of the store into one prompt; None without a store."""
@@ -226,12 +201,12 @@ class ServiceTimer:
 
     If the host's cores are the devices, the programs' times already include this time.
     """
-    if self._shared:
+    if self.shared:
       return PricedProgram('start', {}, 0.0)
     read, shared = next(self._reads())
     self._fill()
     found = []
-    for _ in range(_CALLS):
+    for _ in range(_CALLS * self._repeats):
       self._executor.wait()
       begin = time.perf_counter()
       output = self._step(read, shared)

@@ -106,7 +106,7 @@ def test_steps_that_check_drafts_are_measured_and_kept_in_a_file(tmp_path):
   engine = memory.engine(memory.ODD, reference.random_tensors(memory.ODD), '1x1x1', stacked=True)
   sizes = dict(page_size=32, page_reads=1, prefill_chunk=16, end_ids=())
   config = SchedulerConfig(2, 96, speculate=Speculation('ngram', 4), **sizes)
-  timer = measure.ServiceTimer(engine.model, engine.weights, config)
+  timer = measure._Timer(engine.model, engine.weights, config, repeats=1)
   rows = list(timer.steps())
   assert [(row.program, row.sizes.get('draft')) for row in rows] == [
     ('decode_steps', None),
