@@ -17,8 +17,9 @@ FIRST_PRICE = 0.02
 # after REMEMBERED measurements: the cause of its slowness may be over.
 KEPT, FIRST_WEIGHT, REMEMBERED = 0.98, 0.005, 256
 # A measurement pulls the prices no more than if it differed by this factor from the expected time:
-# other work disturbs some. FITS: steps of a fit, so that one measurement suffices for a new kind.
-MOST_PULL, FITS = 1.25, 8
+# other work disturbs some. FITS: steps of a fit, so that one measurement suffices for a new kind;
+# a fit ends once no price changes by more than CLOSE.
+MOST_PULL, FITS, CLOSE = 1.25, 8, 0.03
 # Least price, as a multiple of the assumed one.
 LEAST = 0.5
 # A program's own time, beside its steps: the assumed one, the least and the greatest, in plain
@@ -87,11 +88,13 @@ class StepPrices:
       return
     row = [[np.log(seconds), *passes, 1]]
     self._measured = np.concatenate([self._measured, row])[-REMEMBERED:]
-    if len(self._measured) > 1:
+    if not self._measured[:, 2:-1].any():  # plain steps alone say nothing about the others
+      self._logs = self._first
+    elif len(self._measured) > 1:
       for _ in range(FITS):
         before = self._logs
         self._fit()
-        if np.abs(self._logs - before).max() < 0.01:
+        if np.abs(self._logs - before).max() < CLOSE:
           break
 
   def _fit(self) -> None:
