@@ -15,7 +15,7 @@ FIRST_PRICE = 0.02
 # KEPT: each measurement multiplies the weight of the earlier ones by this. FIRST_WEIGHT: weight of
 # the assumed price of each kind, in measurements. So a kind that seems too slow is tried again
 # after REMEMBERED measurements: the cause of its slowness may be over.
-KEPT, FIRST_WEIGHT, REMEMBERED = 0.98, 0.005, 256
+KEPT, FIRST_WEIGHT, REMEMBERED = 0.98, 0.03, 256
 # A measurement pulls the prices no more than if it differed by this factor from the expected time:
 # other work disturbs some. FITS: steps of a fit, so that one measurement suffices for a new kind;
 # a fit ends once no price changes by more than CLOSE.
@@ -53,6 +53,8 @@ class StepPrices:
     # Logs of the assumed and the present prices, then of a program's own time.
     self._first = np.log([*(1 + FIRST_PRICE * np.asarray(widths)), START])
     self._logs = self._first
+    # Instead of a step that checks N tokens, one can run N + 1 plain steps.
+    self._most = np.log1p(np.asarray(widths, np.float64))
     # Of recent programs: log of the seconds, the number of steps of each kind, and 1.
     self._measured = np.zeros((0, 2 + len(widths)))
     self._asked, self._agreed = 0, self.prices
@@ -112,6 +114,7 @@ class StepPrices:
     *found, start = self._logs + move - move[0]
     # A step that checks more tokens never takes less time.
     found = np.maximum.accumulate(np.maximum(found, self._first[:-1] + np.log(LEAST)))
+    found = np.minimum(found, self._most)
     self._logs = np.asarray([*found, np.clip(start, np.log(LEAST_START), np.log(MOST_START))])
 
 
