@@ -7,27 +7,46 @@ in real time; then the simulator serves equal requests in virtual time. Its pric
 table of the time that each program takes. The benchmark prints the latencies of both, and the
 relative differences, at several loads. A load is a share of the highest rate of requests that can
 be served, according to the simulator. The table is the average of measurements before and after
-each real run, because the machine's speed drifts; nothing is fitted to latencies. --prices writes
-the last table, for `plan --prices`. With --speculate only this table is measured and written: a
-random model's text says nothing about drafts.
+each real run; nothing is fitted to latencies. --prices writes the last table, for `plan --prices`.
+With --speculate only this table is measured and written: a random model's text says nothing about
+drafts.
+
+Where other programs run, the machine's speed changes within seconds, and the queues of slow seconds
+make most of the long latencies. So the simulator runs twice: at the prices of the table, and at
+prices that follow the machine's speed. This speed is known from the real run: the time that the
+engine's steps took in each half second, divided by the price of their programs.
 """
 
 import argparse
+import collections
+from collections.abc import Sequence
 import os
+import statistics
+from typing import Any
 
 import jax
 
 from benchmarks.continuous import make_engine
+from t5x_inference_ext.engine.executor import DeviceExecutor, Executor
 from t5x_inference_ext.engine.scheduler import Scheduler
-from t5x_inference_ext.engine.scheduler_config import config_for
-from t5x_inference_ext.simulator.clock import WallClock
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig, config_for
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.simulator.clock import ServiceClock, VirtualClock, WallClock
+from t5x_inference_ext.simulator.executor import ClockExecutor
 from t5x_inference_ext.simulator.measure import measure_service
-from t5x_inference_ext.simulator.prices import PricedProgram, PricedService, PriceTable
+from t5x_inference_ext.simulator.prices import (
+  NoTime,
+  PricedProgram,
+  PricedService,
+  Prices,
+  PriceTable,
+)
 from t5x_inference_ext.simulator.service import ServedTrace, WaitingLimits, serve_arrivals
 from t5x_inference_ext.simulator.simulate import simulate
-from t5x_inference_ext.simulator.trace import RandomTrace
+from t5x_inference_ext.simulator.trace import Arrival, RandomTrace
 
 NO_LIMITS = WaitingLimits(10**9, 10**12)
+PERIOD = 0.5  # seconds in which the machine's speed counts as constant
 
 
 def mean_of(before: PricedService, after: PricedService) -> list[PricedProgram]:
@@ -35,6 +54,146 @@ def mean_of(before: PricedService, after: PricedService) -> list[PricedProgram]:
   return [
     a._replace(seconds=(a.seconds + b.seconds) / 2) for a, b in zip(before.programs, after.programs)
   ]
+
+
+class BusyClock:
+  """A clock that also tells how much of its time was slept.
+
+  Args:
+    clock: The clock.
+
+  Attributes:
+    slept: Seconds slept so far.
+  """
+
+  def __init__(self, clock: ServiceClock) -> None:
+    self._clock, self.slept = clock, 0.0
+    self.now = clock.now
+
+  def sleep_until(self, moment: float) -> None:
+    """Wait until this time, in seconds."""
+    begin = self.now()
+    self._clock.sleep_until(moment)
+    self.slept += self.now() - begin
+
+
+class ProgramLog(NoTime):
+  """Prices that take note of the programs whose prices are asked.
+
+  Attributes:
+    programs: The programs and their sizes.
+  """
+
+  def __init__(self) -> None:
+    self.programs: list[tuple[str, dict[str, int]]] = []
+
+  def seconds(self, program: str, **sizes: int) -> float:
+    """Return 0."""
+    self.programs.append((program, sizes))
+    return 0.0
+
+
+class LoggedExecutor:
+  """An executor that also lets a simulated one run, which logs the programs.
+
+  Args:
+    executor: Runs the programs.
+    simulated: Asks the prices of the programs.
+  """
+
+  def __init__(self, executor: Executor, simulated: ClockExecutor) -> None:
+    self._executor, self._simulated = executor, simulated
+
+  def __getattr__(self, name: str) -> Any:
+    run = getattr(self._executor, name)
+    if name not in ('start_prefill', 'prefill_chunk', 'save_blocks', 'insert', 'decode_steps'):
+      return run
+    log = getattr(self._simulated, name)
+    return lambda *inputs: (log(*inputs), run(*inputs))[1]
+
+
+class PricesInTime:
+  """Prices of a machine whose speed changes.
+
+  Args:
+    prices: Prices at the mean speed.
+    slowness: Factor on the prices in each period of PERIOD seconds.
+    clock: Tells the time.
+  """
+
+  def __init__(self, prices: Prices, slowness: Sequence[float], clock: VirtualClock) -> None:
+    self._prices, self._slowness, self._clock = prices, slowness, clock
+
+  def seconds(self, program: str, **sizes: int) -> float:
+    """Return the seconds of a program that starts now."""
+    period = min(int(self._clock.now() / PERIOD), len(self._slowness) - 1)
+    return self._slowness[period] * self._prices.seconds(program, **sizes)
+
+
+class RealRun:
+  """Serves requests with an executor.
+
+  Args:
+    model: The model.
+    config: Sizes of the scheduler.
+    executor: Runs the programs, which were compiled before.
+    arrivals: The requests, by arrival.
+    real_clock: A new clock.
+
+  Attributes:
+    served: The latencies.
+  """
+
+  def __init__(
+    self,
+    model: Model,
+    config: SchedulerConfig,
+    executor: Executor,
+    arrivals: Sequence[Arrival],
+    real_clock: ServiceClock,
+  ) -> None:
+    log, clock = ProgramLog(), BusyClock(real_clock)
+    simulated = ClockExecutor(model, config, log, VirtualClock(), 2**20)
+    scheduler = Scheduler(model, None, config, executor=LoggedExecutor(executor, simulated))
+    self._programs = log.programs
+    # Before each step: the time, seconds not slept so far, number of programs so far.
+    self._steps: list[tuple[float, float, int]] = []
+
+    def note() -> None:
+      now = clock.now()
+      self._steps.append((now, now - clock.slept, len(self._programs)))
+
+    self.served = serve_arrivals(scheduler, arrivals, clock, NO_LIMITS, note)
+    note()
+
+  def slowness(self, prices: Prices) -> list[float]:
+    """Return how many times longer than their prices the steps took, in each PERIOD."""
+    host = prices.seconds('host')
+    took, priced = collections.Counter[int](), collections.Counter[int]()
+    for (now, busy, first), (_, after, last) in zip(self._steps, self._steps[1:]):
+      programs = self._programs[first:last]
+      took[int(now / PERIOD)] += after - busy
+      priced[int(now / PERIOD)] += host + sum(prices.seconds(p, **sizes) for p, sizes in programs)
+    whole = sum(took.values()) / sum(priced.values())
+    periods = range(1 + max(took))
+    return [took[i] / priced[i] if priced[i] else whole for i in periods]
+
+
+def simulate_in_time(
+  model: Model,
+  config: SchedulerConfig,
+  prices: Prices,
+  slowness: Sequence[float],
+  arrivals: Sequence[Arrival],
+  shared: bool,
+) -> ServedTrace:
+  """Simulate a service on a machine whose speed changes; see PricesInTime and VirtualClock."""
+  clock = VirtualClock(shared)
+  in_time = PricesInTime(prices, slowness, clock)
+  executor = ClockExecutor(model, config, in_time, clock, 2**20)
+  scheduler = Scheduler(model, None, config, executor=executor)
+  spend = lambda: clock.spend(in_time.seconds('host'))
+  return serve_arrivals(scheduler, arrivals, clock, NO_LIMITS, spend)
 
 
 def print_beside(real: ServedTrace, virtual: ServedTrace) -> None:
@@ -89,14 +248,19 @@ def main() -> None:
     )
     rate = load * args.requests / full.seconds
     arrivals = trace.arrivals(rate, args.vocabulary)
-    scheduler = Scheduler(model, weights, config)
-    scheduler.warm_up()
-    real = serve_arrivals(scheduler, arrivals, WallClock(), NO_LIMITS)
+    executor = DeviceExecutor(model, weights, config)
+    Scheduler(model, None, config, executor=executor).warm_up()
+    real = RealRun(model, config, executor, arrivals, WallClock())
     after = measure_service(model, weights, config, args.repeats)
-    prices = mean_of(before, after)
-    virtual = simulate(model, config, PriceTable(prices), arrivals, NO_LIMITS, shared=before.shared)
-    print(f'{args.requests} requests, {rate:.1f} a second, load {load:g}:')
-    print_beside(real, virtual)
+    prices = PriceTable(mean_of(before, after))
+    slowness = real.slowness(prices)
+    print(f'{args.requests} requests, {rate:.1f} a second, load {load:g}; constant prices:')
+    virtual = simulate(model, config, prices, arrivals, NO_LIMITS, shared=before.shared)
+    print_beside(real.served, virtual)
+    cuts = statistics.quantiles(slowness, n=20)
+    print(f" at the machine's speed; steps took {cuts[0]:.2f} to {cuts[-1]:.2f} times their price:")
+    in_time = simulate_in_time(model, config, prices, slowness, arrivals, before.shared)
+    print_beside(real.served, in_time)
     before = after
   for row in before.programs:
     sizes = ', '.join(f'{name}={size}' for name, size in row.sizes.items())

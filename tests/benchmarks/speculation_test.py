@@ -1,7 +1,14 @@
 """The bound of the benchmark of drafts."""
 
-from benchmarks.speculation import least_time, right_shares, right_tokens
+import pytest
+
+from benchmarks.draft_sides import TimedExecutor, least_time, right_shares, right_tokens
 from t5x_inference_ext.engine.ngram_drafts import NgramDrafter
+from t5x_inference_ext.engine.request import Request
+from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.simulator.clock import VirtualClock
+from t5x_inference_ext.simulator.executor import ClockExecutor
+from tests.simulator.service_test import CHUNK, INSERT, MODEL, STEP, config, prices
 
 
 def test_right_tokens_follow_the_longest_match():
@@ -22,3 +29,16 @@ def test_a_row_that_knows_its_answer_takes_the_cheapest_steps():
   assert least_time([2, 1, 0, 0], (0, 3), (1.0, 9.0)) == 4
   assert least_time([3, 0, 0, 0], (0, 1, 3), (1.0, 1.1, 1.2)) == 1.2
   assert least_time([], (0, 3), (1.0, 1.5)) == 0
+
+
+def test_only_decode_steps_are_timed():
+  """In virtual time, with requests that wait: neither chunks nor insertions count."""
+  runs = TimedExecutor(ClockExecutor(MODEL, sizes := config(2), prices(), VirtualClock(), 2**20))
+  scheduler = Scheduler(MODEL, None, sizes, executor=runs)
+  for new in (5, 9, 4):
+    scheduler.submit(Request((1,) * 16, limit=new))
+  while not scheduler.idle:
+    scheduler.step()
+  assert runs.now() > runs.seconds + 3 * (CHUNK + INSERT) - 0.01
+  # The third row takes the slot of the first after four steps.
+  assert runs.seconds == pytest.approx(8 * STEP)

@@ -351,13 +351,24 @@ def test_prices_follow_measured_times():
   rng = np.random.default_rng(0)
   true, prices = np.asarray([0.05, 0.09, 0.3]), StepPrices((0, 3, 8))
   np.testing.assert_allclose(prices.prices, [1, 1.06, 1.16])
-  for i in range(60):
+  for i in range(120):
     passes = rng.integers(0, 9, 3) if i > 3 else np.asarray([5, 3, 0])
     prices.add(float(passes @ true) * (10 if i == 30 else rng.normal(1, 0.03)), passes)
   np.testing.assert_allclose(prices.prices, true / true[0], rtol=0.1)
   for _ in range(600):
     prices.add(0.05, np.asarray([1, 0, 0]))
   np.testing.assert_allclose(prices.prices, [1, 1.06, 1.16], rtol=0.1)
+
+
+def test_a_machine_that_slows_down_changes_no_price():
+  """One program in five checks drafts in four steps; the machine is slower a third of the time."""
+  rng = np.random.default_rng(0)
+  true, prices = np.asarray([1, 1.5, 2.3]), StepPrices((0, 3, 8))
+  for i in range(400):
+    passes = np.asarray([[16, 0, 0], [12, 4, 0], [12, 0, 4]])[rng.choice(3, p=(0.8, 0.1, 0.1))]
+    slowness = 1.4 if i // 10 % 3 == 1 else 1.0
+    prices.add(0.03 * float(passes @ true) * slowness, passes)
+  np.testing.assert_allclose(prices.prices, true, rtol=0.1)
 
 
 def test_plain_steps_are_measured_first_and_now_and_then():
@@ -387,7 +398,7 @@ def test_several_processes_take_the_prices_of_the_first():
 
   main._messages, other._messages = Sent(), Received()
   for i in range(3 * AGREE_EVERY):
-    main.add(0.1 + 0.001 * i, np.asarray([1, 1]))
+    main.add(0.1 + 0.01 * (i % 2), np.asarray([1, i % 2]))
     np.testing.assert_array_equal(main.next(), other.next())
   assert len(sent) == 3
   assert main.next()[1] == main.prices[1] != other.prices[1]

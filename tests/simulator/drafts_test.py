@@ -104,6 +104,29 @@ def test_drafts_that_do_not_pay_are_hardly_checked():
   assert gaining.seconds < 0.7 * plain.seconds
 
 
+@pytest.mark.parametrize('acceptance, least', [(0.3, 0.95), (0.5, 0.95), (0.8, 1.3)])
+def test_rows_that_end_together_lose_at_most_five_percent(acceptance, least):
+  """Eight rows in eight slots, again and again: none waits, and the last one decides."""
+  speculate, sizes = Speculation('ngram', 8), {'read': LARGEST, 'read_shared': LARGEST}
+  kinds = [
+    PricedProgram('speculative_steps', {'draft': draft, **sizes}, times * STEP)
+    for draft, times in ((3, 1.5), (8, 2.3))
+  ]
+  spent = []
+  for options in ({}, {'speculate': speculate}):
+    rows, clock = config(8, decode_steps=16, **options), VirtualClock()
+    executor = ClockExecutor(MODEL, rows, prices(more=kinds), clock, 1, [acceptance])
+    scheduler = Scheduler(MODEL, None, rows, executor=executor)
+    for _ in range(12):
+      for _ in range(8):
+        scheduler.submit(Request((5,), limit=32))
+      while not scheduler.idle:
+        scheduler.step()
+    spent.append(clock.now() - 12 * 8 * (CHUNK + INSERT))
+  assert spent[0] == pytest.approx(12 * 31 * STEP)
+  assert least < spent[0] / spent[1]
+
+
 def test_steps_are_timed_while_rows_wait():
   """Also those that follow an insertion, but not those that follow a chunk of a prompt."""
   added, programs = [], []
