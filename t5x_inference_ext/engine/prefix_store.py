@@ -146,10 +146,28 @@ def blocks_for(budget: int, model: Model, weights: Weights, rows: int, block_siz
 
 
 def start_with_blocks(
-  model: Model, prompts: PrefillState, weights: Weights, store: PrefixStore, copies: BlockCopies
-) -> PrefillState:
-  """Reset the state for new prompts, and load their beginnings; see load_blocks."""
-  return load_blocks(model, start_prefill(model, prompts, weights), weights, store, copies)
+  model: Model,
+  prompts: PrefillState,
+  store: PrefixStore,
+  weights: Weights,
+  saves: BlockCopies,
+  loads: BlockCopies,
+) -> tuple[PrefillState, PrefixStore]:
+  """Save blocks of the prompts so far, reset the state for new prompts, load their beginnings.
+
+  One program for all three: a prompt's first token does not wait until its blocks are saved.
+
+  Args:
+    model: Decides mesh and layouts.
+    prompts: The prompts so far.
+    store: The store.
+    weights: Weights, for their shapes and shardings.
+    saves: See save_blocks.
+    loads: See load_blocks.
+  """
+  store = save_blocks(model, store, weights, prompts, saves)
+  prompts = start_prefill(model, prompts, weights)
+  return load_blocks(model, prompts, weights, store, loads), store
 
 
 def load_blocks(

@@ -117,8 +117,7 @@ choose_masked = _compiled(slot_steps.choose_masked, donated=('slots',))
 
 # The prefix cache (engine.prefix_store).
 empty_store = _compiled(prefix_store.empty_store, static=('rows', 'blocks', 'block_size'))
-start_with_blocks = _compiled(prefix_store.start_with_blocks, donated=('prompts',))
-save_blocks = _compiled(prefix_store.save_blocks, donated=('store',))
+start_with_blocks = _compiled(prefix_store.start_with_blocks, donated=('prompts', 'store'))
 
 # A static batch (engine.static_batch).
 STATIC_BATCH_OPTIONS = (

@@ -42,7 +42,7 @@ class PromptRanker:
   def __init__(self, scheduler: Scheduler, weights: Weights) -> None:
     self._scheduler, self._weights, config = scheduler, weights, scheduler.config
     self._rows, self._top = config.prefill_rows, config.top_log_probs
-    self._size = config.chunk_sizes[-1]
+    self._size = config.first_chunks[-1]
     self._length = -(-config.max_length // self._size) * self._size
 
   def rank(self, prompts: Sequence[tuple[Sequence[int], int]]) -> list[RankedPrompt]:
