@@ -30,8 +30,8 @@ class PromptRanker:
   """Scores prompts of any length beside a scheduler, with one program.
 
   The program scores as many prompts at once as the scheduler prefills together. It runs as many
-  chunks, of the scheduler's largest size, as the longest prompt needs. So prompts of all lengths
-  share one compilation.
+  chunks, of the scheduler's largest first size, as the longest prompt needs. So prompts of all
+  lengths share one compilation.
 
   Args:
     scheduler: Its config limits the lengths of prompts and the number of most likely tokens, which

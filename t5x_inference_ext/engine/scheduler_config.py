@@ -39,7 +39,7 @@ class SchedulerConfig:
       page_size.
     end_ids: Tokens that end a row, at most 4, unless its request says otherwise.
     prefill_chunk: Maximum number of positions of each prompt in one prefill pass; after cached
-      positions an eighth more, so that a prompt of few tokens more does not take another pass.
+      positions up to an eighth more. See chunk_sizes.py.
     prefill_rows: R, prompts that are prefilled together.
     prefill_budget: Maximum number of positions prefilled between two decode steps.
     decode_steps: Decode steps in one call of the compiled loop, when no request waits. With 1, the

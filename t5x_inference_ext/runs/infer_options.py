@@ -165,7 +165,8 @@ class InferOptions(Conventions):
   )
   prefill_chunk: int = option(
     256,
-    help='Maximum number of prompt positions in one pass, with continuous batching.',
+    help='Maximum number of prompt positions in one pass, with continuous batching; after cached '
+    'positions up to an eighth more.',
     group=_BATCHING,
     least=1,
   )
