@@ -155,15 +155,8 @@ def start_with_blocks(
 ) -> tuple[PrefillState, PrefixStore]:
   """Save blocks of the prompts so far, reset the state for new prompts, load their beginnings.
 
-  One program for all three: a prompt's first token does not wait until its blocks are saved.
-
-  Args:
-    model: Decides mesh and layouts.
-    prompts: The prompts so far.
-    store: The store.
-    weights: Weights, for their shapes and shardings.
-    saves: See save_blocks.
-    loads: See load_blocks.
+  So a prompt's first token does not wait until its blocks are saved. `saves` are the copies of
+  save_blocks, `loads` those of load_blocks.
   """
   store = save_blocks(model, store, weights, prompts, saves)
   prompts = start_prefill(model, prompts, weights)

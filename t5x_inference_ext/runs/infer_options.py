@@ -165,8 +165,7 @@ class InferOptions(Conventions):
   )
   prefill_chunk: int = option(
     256,
-    help='Maximum number of prompt positions in one pass, with continuous batching; after cached '
-    'positions up to an eighth more.',
+    help='Maximum prompt positions of a pass, later an eighth more, with continuous batching.',
     group=_BATCHING,
     least=1,
   )
