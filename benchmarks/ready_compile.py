@@ -6,7 +6,8 @@
 The programs are those of Engine.warm_up with a prefix cache and grammars, and those that make the
 engine's empty state. By default the layers are a loop, which compiles in seconds; an engine on a
 TPU unrolls them (--unrolled), which takes a minute or more for each program of 118 layers. --only
-compiles some functions of engine/programs.py, and not the others. Needs libtpu.
+compiles some functions of engine/programs.py and not the others, --most=1 one program of each.
+Needs libtpu.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,19 +51,24 @@ WARM_UP = (
 )
 
 
-def compiling(only: Sequence[str]) -> Callable[..., Any]:
+def compiling(only: Sequence[str], most: int | None, compiled: list[str]) -> Callable[..., Any]:
   """Return a replacement of Program.__call__ that compiles a program in place of running it.
 
   Arguments may be shapes with shardings, and the results are.
 
   Args:
-    only: Names of the programs of WARM_UP to compile; empty: all.
+    only, most: See compiled_programs.
+    compiled: List to which a name is added for each call: that of a program of WARM_UP if it was
+      compiled, else ''.
   """
 
   def call(program: programs.Program, model: Model, *arguments: Any, **options: Any) -> Any:
     name = NAMES[program]
-    if only and name in WARM_UP and name not in only:
-      return _unchanged(name, model, arguments)
+    if name in WARM_UP:
+      skipped = (only and name not in only) or compiled.count(name) == most
+      compiled.append('' if skipped else name)
+      if skipped:
+        return _unchanged(name, model, arguments)
     lowered = program.lower(model, *arguments, **options)
     return jax.tree.map(
       lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -87,7 +93,11 @@ def _unchanged(name: str, model: Model, arguments: Sequence[Any]) -> Any:
 
 
 def compiled_programs(
-  model: Model, weights: Weights, config: SchedulerConfig, only: Sequence[str] = ()
+  model: Model,
+  weights: Weights,
+  config: SchedulerConfig,
+  only: Sequence[str] = (),
+  most: int | None = None,
 ) -> tuple[float, list[CompiledProgram]]:
   """Compile an engine's programs for a mesh whose devices need not exist.
 
@@ -95,20 +105,22 @@ def compiled_programs(
     model: The model, on that mesh.
     weights: Shapes with shardings.
     config: Sizes of the programs.
-    only: Names of the programs to compile; empty: all.
+    only: Functions whose programs to compile; empty: all.
+    most: Maximum number of programs of each function; None: all.
 
   Returns:
     Seconds until the programs of the empty state are compiled, and the other programs.
   """
   done: list[CompiledProgram] = []
-  with mock.patch.object(programs.Program, '__call__', compiling(only)):
+  compiled: list[str] = []
+  with mock.patch.object(programs.Program, '__call__', compiling(only, most, compiled)):
     start = time.perf_counter()
     executor = DeviceExecutor(model, weights, config)
     begun = time.perf_counter() - start
     Prefiller(executor, config, PrefixCache(executor, config)).warm_up(done)
     decoder = Decoder(executor, config, model.config.vocab_size, grammars=True)
     decoder.warm_up(SlotTable(config, executor.shards), done)
-  return begun, [program for program in done if not only or program.name in only]
+  return begun, [program for program, name in zip(done, compiled, strict=True) if name]
 
 
 def main() -> None:
@@ -119,6 +131,7 @@ def main() -> None:
     '--unrolled', action='store_true', help='layers as an engine on a TPU has them'
   )
   parser.add_argument('--only', nargs='+', default=(), choices=WARM_UP)
+  parser.add_argument('--most', type=int, help='programs of each function')
   args = parser.parse_args()
   config, layout = preset(args.model), Layout.parse(args.layout)
   try:
@@ -126,7 +139,7 @@ def main() -> None:
     model = Model(config, mesh, layout, layout, 'bfloat16')
     sizes = config_for(model, [], slots=args.slots, max_length=args.max_length)
     weights = abstract_weights(model, args.weights, stacked=not args.unrolled)
-    begun, found = compiled_programs(model, weights, sizes, args.only)
+    begun, found = compiled_programs(model, weights, sizes, args.only, args.most)
   except UserError as error:
     raise SystemExit(f'error: {error}') from error
   form = 'unrolled' if args.unrolled else 'as a loop'
