@@ -2,7 +2,7 @@
 
 Each pass reads all weights, so a prompt should take few passes; but a chunk is padded to one of few
 sizes, each of which is a program. A prompt's first chunk attends to nothing before it. Most prompts
-are short, so these sizes are spread over the powers of two. Later chunks are whole ones, the ends
+are short, so these sizes are some small ones and large ones. Later chunks are whole ones, the ends
 of prompts, and what follows a cached prefix: a chat's next turn, or a question after instructions.
 """
 
@@ -12,7 +12,7 @@ import itertools
 import math
 
 UNIT = 16  # chunk sizes are multiples of it, but for the largest
-_FACTOR = 4  # ratio of consecutive sizes of first chunks, up to half of the largest
+_FACTOR = 4  # ratio of consecutive sizes of first chunks, below half of the largest
 _MOST_FIRST = 4  # maximum number of sizes of first chunks
 # Later chunks are the largest one, or these parts of it.
 _LATER_PARTS = 6, 3, 1
@@ -30,11 +30,11 @@ def first_chunks(largest: int) -> list[int]:
   Args:
     largest: The largest of them.
   """
-  half = min(_whole_units(largest / 2), largest)
-  sizes = (UNIT * _FACTOR**i for i in itertools.count())
-  return sorted({*itertools.takewhile(lambda size: size < half, sizes), half, largest})[
-    -_MOST_FIRST:
-  ]
+  # Half, and room for BOS: many prompts are a power of two and BOS.
+  half = min(_whole_units(largest / 2) + UNIT, largest)
+  small = (UNIT * _FACTOR**i for i in itertools.count())
+  found = {*itertools.takewhile(lambda size: size <= half / 2, small), half, largest}
+  return sorted(found)[-_MOST_FIRST:]
 
 
 def later_chunks(first: int, most: int) -> list[int]:
@@ -71,10 +71,12 @@ def _cheapest_chunk(sizes: tuple[int, ...], later: tuple[int, ...], left: int) -
     return 0, 0
   filled = [size for size in sizes if size <= left][-1:]
   padded = [size for size in sizes if size >= left][:1]
-  return min(
-    (_PASS_POSITIONS + size + _cheapest_chunk(later, later, left - size)[0], size)
-    for size in filled + padded
-  )
+  costs = {
+    size: _PASS_POSITIONS + size + _cheapest_chunk(later, later, left - size)[0]
+    for size in padded + filled
+  }
+  size = min(costs, key=costs.__getitem__)  # of two that cost the same, the larger: fewer passes
+  return costs[size], size
 
 
 def _whole_units(size: float) -> int:
