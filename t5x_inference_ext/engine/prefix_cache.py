@@ -54,7 +54,7 @@ class PrefixCache:
   def save(self, prompts: Sequence[tuple[Sequence[int], Hashable]]) -> None:
     """Add the whole blocks of prefilled prompts that are not stored yet, as many as fit.
 
-    The next `start` copies them into the store: only its prompts can need them.
+    The next `start` copies them into the store: no prompt before it can need them.
 
     Args:
       prompts: For each prompt of the group, in order, its tokens and its salt.
