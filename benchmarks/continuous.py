@@ -221,6 +221,11 @@ def beginnings_case(args, turns: list[list[list[int]]], what: str) -> None:
       f'{alone / shared:.2f}x sooner; {equal} of {len(prompts)} equal',
       flush=True,
     )
+  if len(turns) > 1:
+    alone, shared = (
+      statistics.median(sum(found[1:]) for found in times[share]) for share in (False, True)
+    )
+    print(f'turns 2 to {len(turns)} together: {alone / shared:.2f}x sooner')
 
 
 def prefix_case(args) -> None:

@@ -40,10 +40,10 @@ class Executor(Protocol):
   blocks: int
   block_bytes: int
 
-  def start_prefill(self, copies: BlockCopies | None) -> None:
-    """Reset the prompts for a new group, and copy cached blocks to the beginnings of its prompts.
+  def start_prefill(self, copies: tuple[BlockCopies, BlockCopies] | None) -> None:
+    """Save blocks of the prompts so far, reset the prompts for a new group, load cached blocks.
 
-    See prefix_store.start_with_blocks. `copies` is None if there is no prefix store.
+    See prefix_store.start_with_blocks for `copies`. It is None if there is no prefix store.
     """
 
   def prefill_chunk(
@@ -53,9 +53,6 @@ class Executor(Protocol):
 
     Here and in the decode steps, `adapters` has the number of each row's adapter; 0: none.
     """
-
-  def save_blocks(self, copies: BlockCopies) -> None:
-    """Copy blocks of prompts into the prefix store. See prefix_store.save_blocks."""
 
   def insert(
     self,
@@ -136,7 +133,7 @@ class DeviceExecutor:
       self.block_bytes = bytes_per_block(model, weights, rows, size)
     if self.blocks:
       self._store = programs.empty_store(model, weights, rows, self.blocks, size)
-    room = prompt_room(model, rows, max(config.max_length, config.chunk_sizes[-1]))
+    room = prompt_room(model, rows, max(config.max_length, config.later_chunks[-1]))
     self._prompts = programs.empty_prefill(model, weights, rows, room)
     any_row = slot_row(
       SamplingParams(), model.config.vocab_size, seed=0, limit=1, top_width=config.top_log_probs
@@ -152,13 +149,13 @@ class DeviceExecutor:
       drafter=self.drafter,
     )
 
-  def start_prefill(self, copies: BlockCopies | None) -> None:
-    """Reset the prompts for a new group, and copy cached blocks to their beginnings."""
+  def start_prefill(self, copies: tuple[BlockCopies, BlockCopies] | None) -> None:
+    """Save blocks of the prompts so far, reset the prompts for a new group, load cached blocks."""
     if copies is None:
       self._prompts = programs.start_prefill(self._model, self._prompts, self._weights)
     else:
-      self._prompts = programs.start_with_blocks(
-        self._model, self._prompts, self._weights, self._store, copies
+      self._prompts, self._store = programs.start_with_blocks(
+        self._model, self._prompts, self._store, self._weights, *copies
       )
 
   def prefill_chunk(
@@ -167,12 +164,6 @@ class DeviceExecutor:
     """Run the next tokens of the prompts."""
     self._prompts = programs.prefill_chunk(
       self._model, self._prompts, self.weights_for(adapters), tokens, counts, read=read
-    )
-
-  def save_blocks(self, copies: BlockCopies) -> None:
-    """Copy blocks of prompts into the prefix store."""
-    self._store = programs.save_blocks(
-      self._model, self._store, self._weights, self._prompts, copies
     )
 
   def insert(

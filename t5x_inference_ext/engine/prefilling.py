@@ -4,16 +4,16 @@ import collections
 from collections.abc import Hashable, Sequence
 import dataclasses
 import functools
-import itertools
 
 import numpy as np
 
 from t5x_inference_ext.engine.adapters import salt_of
+from t5x_inference_ext.engine.chunk_sizes import next_chunk
 from t5x_inference_ext.engine.executor import Executor
 from t5x_inference_ext.engine.prefix_cache import PrefixCache
 from t5x_inference_ext.engine.prefix_tree import Node
 from t5x_inference_ext.engine.rows import Row
-from t5x_inference_ext.engine.scheduler_config import SchedulerConfig, next_chunk
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
 
 
@@ -76,7 +76,6 @@ class Prefiller:
     self, executor: Executor, config: SchedulerConfig, prefixes: PrefixCache | None
   ) -> None:
     self._executor, self._config, self._prefixes = executor, config, prefixes
-    self._sizes, self._reads = config.chunk_sizes, config.prefill_reads
     self.ready: collections.deque[ReadyRow] = collections.deque()
     self.positions = self.tokens = 0
     self._group: list[Prompt] = []
@@ -106,17 +105,20 @@ class Prefiller:
 
   def chunk(self) -> int:
     """Prefill the next chunk of each prompt of the group; return how many positions were run."""
-    size = next_chunk(self._sizes, self._left)
+    cached = max(
+      min(start + self._done, len(prompt.tokens))
+      for prompt, start in zip(self._group, self._starts)
+    )
+    later = self._config.later_chunks
+    size = next_chunk(later if cached else self._config.first_chunks, later, self._left)
     tokens = np.zeros((self._config.prefill_rows, size), np.int32)
     counts, adapters = (np.zeros(self._config.prefill_rows, np.int32) for _ in range(2))
-    cached = 0
     for place, (prompt, start) in enumerate(zip(self._group, self._starts)):
       first = start + self._done
       chunk = prompt.tokens[first : first + size]
       tokens[place, : len(chunk)], counts[place] = chunk, len(chunk)
       adapters[place] = prompt.rows[0].adapter
-      cached = max(cached, min(first, len(prompt.tokens)))
-    read = next(n for n in self._reads if n >= cached)
+    read = next(n for n in self._config.prefill_reads if n >= cached)
     self._executor.prefill_chunk(tokens, counts, read, adapters)
     self._done += size
     self._left -= size
@@ -135,7 +137,7 @@ class Prefiller:
     """Compile all programs by running them on zero tokens. No group may be active."""
     assert not self.active and not self.ready
     counts = np.zeros(self._config.prefill_rows, np.int32)  # and no row has an adapter
-    for size, read in itertools.product(self._sizes, self._reads):
+    for size, read in self._config.chunk_programs:
       tokens = np.zeros((self._config.prefill_rows, size), np.int32)
       timed_run(
         done,

@@ -22,6 +22,7 @@ class PrefixCache:
     self._executor = executor
     self.tree = PrefixTree(executor.blocks, config.block_size)
     self._most = config.block_copies
+    self._unsaved: list[tuple[int, int, int]] = []  # copies that the next `start` makes first
 
   @property
   def stats(self) -> PrefixStats:
@@ -40,30 +41,30 @@ class PrefixCache:
     return self.tree.match(tokens, salt)
 
   def start(self, paths: Sequence[Sequence[Node]]) -> None:
-    """Reset the prompts for a new group, with their cached prefixes.
+    """Save the blocks of the group so far; reset the prompts for a new one, with cached prefixes.
 
     Args:
       paths: For each prompt, in order, the nodes from `match`.
     """
-    copies = [(row, n.depth, n.block) for row, path in enumerate(paths) for n in path]
-    self._executor.start_prefill(block_copies(copies, self._most))
+    loads = [(row, n.depth, n.block) for row, path in enumerate(paths) for n in path]
+    copies = block_copies(self._unsaved, self._most), block_copies(loads, self._most)
+    self._executor.start_prefill(copies)
+    self._unsaved = []
 
   def save(self, prompts: Sequence[tuple[Sequence[int], Hashable]]) -> None:
-    """Store the whole blocks of prefilled prompts that are not stored yet, as many as fit.
+    """Add the whole blocks of prefilled prompts that are not stored yet, as many as fit.
+
+    The next `start` copies them into the store: no prompt before it can need them.
 
     Args:
       prompts: For each prompt of the group, in order, its tokens and its salt.
     """
-    copies = [
+    self._unsaved = [
       (row, node.depth, node.block)
       for row, prompt in enumerate(prompts)
       for node in self.tree.extend(*prompt)
     ]
-    if copies:
-      self._executor.save_blocks(block_copies(copies, self._most))
 
   def warm_up(self, done: list[CompiledProgram]) -> None:
-    """Compile the programs by running them with zero copies."""
-    executor, nothing = self._executor, block_copies([], self._most)
-    timed_run(done, 'start_with_blocks', lambda: self.start([]), executor.wait)
-    timed_run(done, 'save_blocks', lambda: executor.save_blocks(nothing), executor.wait)
+    """Compile the program by running it with zero copies."""
+    timed_run(done, 'start_with_blocks', lambda: self.start([]), self._executor.wait)

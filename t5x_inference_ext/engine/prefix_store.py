@@ -146,10 +146,21 @@ def blocks_for(budget: int, model: Model, weights: Weights, rows: int, block_siz
 
 
 def start_with_blocks(
-  model: Model, prompts: PrefillState, weights: Weights, store: PrefixStore, copies: BlockCopies
-) -> PrefillState:
-  """Reset the state for new prompts, and load their beginnings; see load_blocks."""
-  return load_blocks(model, start_prefill(model, prompts, weights), weights, store, copies)
+  model: Model,
+  prompts: PrefillState,
+  store: PrefixStore,
+  weights: Weights,
+  saves: BlockCopies,
+  loads: BlockCopies,
+) -> tuple[PrefillState, PrefixStore]:
+  """Save blocks of the prompts so far, reset the state for new prompts, load their beginnings.
+
+  So a prompt's first token does not wait until its blocks are saved. `saves` are the copies of
+  save_blocks, `loads` those of load_blocks.
+  """
+  store = save_blocks(model, store, weights, prompts, saves)
+  prompts = start_prefill(model, prompts, weights)
+  return load_blocks(model, prompts, weights, store, loads), store
 
 
 def load_blocks(

@@ -132,8 +132,7 @@ choose_drafted = _compiled(masked_drafts.choose_drafted, static=('drafter',), do
 
 # The prefix cache (engine.prefix_store).
 empty_store = _compiled(prefix_store.empty_store, static=('rows', 'blocks', 'block_size'))
-start_with_blocks = _compiled(prefix_store.start_with_blocks, donated=('prompts',))
-save_blocks = _compiled(prefix_store.save_blocks, donated=('store',))
+start_with_blocks = _compiled(prefix_store.start_with_blocks, donated=('prompts', 'store'))
 
 # A static batch (engine.static_batch).
 STATIC_BATCH_OPTIONS = (

@@ -30,8 +30,8 @@ class PromptRanker:
   """Scores prompts of any length beside a scheduler, with one program.
 
   The program scores as many prompts at once as the scheduler prefills together. It runs as many
-  chunks, of the scheduler's largest size, as the longest prompt needs. So prompts of all lengths
-  share one compilation.
+  chunks, of the scheduler's largest first size, as the longest prompt needs. So prompts of all
+  lengths share one compilation.
 
   Args:
     scheduler: Its config limits the lengths of prompts and the number of most likely tokens, which
@@ -42,7 +42,7 @@ class PromptRanker:
   def __init__(self, scheduler: Scheduler, weights: Weights) -> None:
     self._scheduler, self._weights, config = scheduler, weights, scheduler.config
     self._rows, self._top = config.prefill_rows, config.top_log_probs
-    self._size = config.chunk_sizes[-1]
+    self._size = config.first_chunks[-1]
     self._length = -(-config.max_length // self._size) * self._size
 
   def rank(self, prompts: Sequence[tuple[Sequence[int], int, str | None]]) -> list[RankedPrompt]:

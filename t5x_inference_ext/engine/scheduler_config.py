@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 import itertools
 import math
 from typing import Any
 
+from t5x_inference_ext.engine import chunk_sizes
 from t5x_inference_ext.engine.inputs import check_at_least
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.errors import RequestError
@@ -14,15 +14,9 @@ from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.speculation import Speculation, parse_speculation
 
 LENGTH_MULTIPLE = 32  # lengths and pages are whole tiles of an int8 cache
-SMALLEST_CHUNK = 16  # smallest chunk; a prompt's last chunk is padded to one of the chunk sizes
-CHUNK_FACTOR = 4  # ratio of consecutive chunk sizes
-CHUNK_SIZES = 3  # maximum number of chunk sizes
 FIRST_READ = 512  # fewest cached positions that a chunk reads, if it reads any
 # Decode steps in one call where nobody waits for single tokens: input files, batches of T5X.
 BATCH_DECODE_STEPS = 16
-# Fixed cost of a prefill pass, in positions: each pass reads all weights. Measured for a small
-# model on a CPU: 50. On a TPU it is more.
-PASS_POSITIONS = 64
 PREFIX_BYTES = 2**28  # bytes per device for cached prefixes
 
 
@@ -44,7 +38,8 @@ class SchedulerConfig:
     block_size: P, positions of a block of the prefix cache. A multiple of 32 that divides
       page_size.
     end_ids: Tokens that end a row, at most 4, unless its request says otherwise.
-    prefill_chunk: Maximum number of positions of each prompt in one prefill pass.
+    prefill_chunk: Maximum number of positions of each prompt in one prefill pass; after cached
+      positions up to an eighth more. See chunk_sizes.py.
     prefill_rows: R, prompts that are prefilled together.
     prefill_budget: Maximum number of positions prefilled between two decode steps.
     decode_steps: Decode steps in one call of the compiled loop, when no request waits. With 1, the
@@ -145,11 +140,23 @@ class SchedulerConfig:
     return [(read, self.shared_reads[-1]) for read in self.reads_of_pages(shards)[::-2][::-1]]
 
   @property
-  def chunk_sizes(self) -> list[int]:
-    """The sizes of prefill chunks, in ascending order; the last is prefill_chunk."""
-    largest = min(self.prefill_chunk, _power_of_two(self.max_length))
-    sizes = (SMALLEST_CHUNK * CHUNK_FACTOR**i for i in itertools.count())
-    return [*itertools.takewhile(lambda size: size < largest, sizes), largest][-CHUNK_SIZES:]
+  def first_chunks(self) -> list[int]:
+    """Sizes of chunks with nothing cached before them, in ascending order."""
+    return chunk_sizes.first_chunks(min(self.prefill_chunk, _power_of_two(self.max_length)))
+
+  @property
+  def later_chunks(self) -> list[int]:
+    """Sizes of chunks after cached positions, in ascending order."""
+    return chunk_sizes.later_chunks(self.first_chunks[-1], _power_of_two(self.max_length))
+
+  @property
+  def chunk_programs(self) -> list[tuple[int, int]]:
+    """Pairs (size, cached positions that it reads) of all chunk programs."""
+    first, *reads = self.prefill_reads
+    return [
+      *((size, first) for size in self.first_chunks),
+      *itertools.product(self.later_chunks, reads),
+    ]
 
   @property
   def prefill_reads(self) -> list[int]:
@@ -169,17 +176,18 @@ class SchedulerConfig:
     def numbers(values: Sequence[int]) -> str:
       return ', '.join(map(str, values))
 
-    chunks, reads = self.chunk_sizes, self.prefill_reads
+    first, later, reads = self.first_chunks, self.later_chunks, self.prefill_reads[1:]
     pages, shared = self.reads_of_pages(shards), self.shared_reads
-    others = 3 if self.prefix_bytes else 2  # insert and start_prefill, and save_blocks
+    others = 2  # insert, and start_prefill or start_with_blocks
     steps = len(pages) * len(shared)
     if grammars:  # decode_logits or verify_drafts, and choose_masked, or make and choose_drafted
       steps += len(self.logits_reads(shards))
       others += 1 if self.speculate is None else 2
-    count = len(chunks) * len(reads) + steps + others
+    count = len(self.chunk_programs) + steps + others
     return (
-      f'{count}: chunks of {numbers(chunks)} tokens after up to {numbers(reads)} positions, decode '
-      f'steps over {numbers(pages)} pages and {numbers(shared)} shared ones, {others} others'
+      f'{count}: first chunks of {numbers(first)} tokens, chunks of {numbers(later)} after up to '
+      f'{numbers(reads)} positions, decode steps over {numbers(pages)} pages and {numbers(shared)} '
+      f'shared ones, {others} others'
     )
 
   def covers(self, other: 'SchedulerConfig') -> bool:
@@ -196,30 +204,6 @@ class SchedulerConfig:
         other, page_size=self.page_size, **{name: getattr(self, name) for name in sizes}
       )
     )
-
-
-def next_chunk(sizes: Sequence[int], left: int) -> int:
-  """Return the size of the next chunk of a prompt that has `left` tokens left, at least 1.
-
-  The chunks of a prompt are chosen for the least total cost: 70 tokens become chunks of 64 and 16,
-  not one of 256; 273 become 256 and 64, not 256, 16 and 16.
-  """
-  if left >= sizes[-1]:
-    return sizes[-1]
-  return _cheapest_chunk(tuple(sizes), left)[1]
-
-
-@functools.cache
-def _cheapest_chunk(sizes: tuple[int, ...], left: int) -> tuple[int, int]:
-  """Return the cost of a prompt's remaining tokens, in positions, and the next chunk's size."""
-  if left <= 0:
-    return 0, 0
-  filled = [size for size in sizes if size <= left][-1:]
-  padded = [size for size in sizes if size >= left][:1]
-  return min(
-    (PASS_POSITIONS + size + _cheapest_chunk(sizes, left - size)[0], size)
-    for size in filled + padded
-  )
 
 
 def config_for(

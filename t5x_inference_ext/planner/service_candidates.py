@@ -212,8 +212,8 @@ def _needed_bytes(prefill: PassCost, decode: PassCost, config: SchedulerConfig) 
   chunk = memory(
     dataclasses.replace(
       prefill.case,
-      length=config.chunk_sizes[-1],
-      context=config.max_length + config.chunk_sizes[-1],
+      length=config.later_chunks[-1],
+      context=config.max_length + config.later_chunks[-1],
     ),
     1,
   )

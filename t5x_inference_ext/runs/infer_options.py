@@ -159,7 +159,7 @@ class InferOptions(Conventions):
   )
   prefill_chunk: int = option(
     256,
-    help='Maximum number of prompt positions in one pass, with continuous batching.',
+    help='Maximum prompt positions of a pass, later an eighth more, with continuous batching.',
     group=_BATCHING,
     least=1,
   )

@@ -63,9 +63,14 @@ class ClockExecutor:
     self.blocks = config.prefix_bytes // block_bytes
     self._left = np.zeros(config.slots, np.int64)  # tokens until the limit of each slot's row
 
-  def start_prefill(self, copies: BlockCopies | None) -> None:
-    """Advance the clock by the start of a group."""
-    self._start('start_prefill', blocks=int(copies.count) if copies else 0)
+  def start_prefill(self, copies: tuple[BlockCopies, BlockCopies] | None) -> None:
+    """Advance the clock by copies into the prefix store and the start of a group: one program."""
+    saves, loads = (int(each.count) for each in copies) if copies else (0, 0)
+    seconds = self._prices.seconds('start_prefill', blocks=loads)
+    if saves:  # the price includes a start without loads
+      empty = self._prices.seconds('start_prefill', blocks=0)
+      seconds += max(0.0, self._prices.seconds('save_blocks', blocks=saves) - empty)
+    self._begin(seconds)
 
   def prefill_chunk(
     self, tokens: np.ndarray, counts: np.ndarray, read: int, adapters: np.ndarray
@@ -73,10 +78,6 @@ class ClockExecutor:
     """Advance the clock by a chunk."""
     del counts, adapters
     self._start('prefill_chunk', tokens=tokens.shape[1], read=read)
-
-  def save_blocks(self, copies: BlockCopies) -> None:
-    """Advance the clock by copies into the prefix store."""
-    self._start('save_blocks', blocks=int(copies.count))
 
   def insert(
     self,

@@ -9,9 +9,10 @@ import time
 
 import numpy as np
 
+from t5x_inference_ext.engine.chunk_sizes import next_chunk
 from t5x_inference_ext.engine.draft_width import verify_widths
 from t5x_inference_ext.engine.executor import DeviceExecutor
-from t5x_inference_ext.engine.prefix_store import BlockCopies, block_copies
+from t5x_inference_ext.engine.prefix_store import block_copies
 from t5x_inference_ext.engine.request import Handle, Request
 from t5x_inference_ext.engine.rows import Row
 from t5x_inference_ext.engine.sampling import SamplingParams
@@ -103,26 +104,39 @@ class _Timer:
       found.append((time.perf_counter() - begin) / self._calls)
     return statistics.fmean(found[1:])
 
-  def _copies(self, count: int) -> BlockCopies | None:
-    """Return copies of the first blocks of the store into one prompt; None without a store."""
-    if not self._executor.blocks:
-      return None
-    return block_copies([(0, i, i) for i in range(count)], self._config.block_copies)
+  def _start(self, saves: int, loads: int) -> None:
+    """Copy the first blocks of a prompt into the store, and of the store into the next prompt."""
+    most, copies = self._config.block_copies, None
+    if self._executor.blocks:
+      saved, loaded = (
+        block_copies([(0, i, i) for i in range(count)], most) for count in (saves, loads)
+      )
+      copies = saved, loaded
+    self._executor.start_prefill(copies)
 
   def _reset(self) -> None:
-    self._executor.start_prefill(self._copies(0))
+    self._start(0, 0)
 
-  def _chunk(self, size: int, read: int = 0) -> None:
+  def _chunk(self, size: int, read: int, count: int) -> None:
+    """Run a chunk of which the first `count` tokens are valid."""
     rows = self._config.prefill_rows
     tokens = np.full((rows, size), 3, np.int32)
-    self._executor.prefill_chunk(
-      tokens, np.full(rows, size, np.int32), read, np.zeros(rows, np.int32)
-    )
+    counts = np.full(rows, count, np.int32)
+    self._executor.prefill_chunk(tokens, counts, read, np.zeros(rows, np.int32))
+
+  def _prefill(self, length: int) -> None:
+    """Run as many tokens as a prompt of this length has."""
+    left, sizes = length, self._config.first_chunks
+    while left > 0:
+      size = next_chunk(sizes, self._config.later_chunks, left)
+      read = 0 if left == length else self._config.prefill_reads[-1]
+      self._chunk(size, read, min(size, left))
+      left, sizes = left - size, self._config.later_chunks
 
   def prefill(self) -> Iterator[PricedProgram]:
     """Yield the times of chunks."""
-    for size, read in itertools.product(self._config.chunk_sizes, self._config.prefill_reads):
-      seconds = self._time(lambda: self._chunk(size, read), self._reset)  # noqa: B023  # runs at once
+    for size, read in self._config.chunk_programs:
+      seconds = self._time(lambda: self._chunk(size, read, size), self._reset)  # noqa: B023  # runs at once
       yield PricedProgram('prefill_chunk', {'tokens': size, 'read': read}, seconds)
 
   def _insert(
@@ -138,21 +152,17 @@ class _Timer:
   def _fill(self, sampling: SamplingParams = SamplingParams()) -> None:
     """Put a short row that never ends into each slot."""
     self._reset()
-    self._chunk(min(_PROMPT, self._config.chunk_sizes[-1]))
+    self._prefill(min(_PROMPT, self._config.max_length))
     for slot in range(self._config.slots):
       self._insert(slot, _PROMPT, sampling)
 
   def insertions(self) -> Iterator[PricedProgram]:
     """Yield the times of inserting a short row and a long row."""
-    for length in (self._config.chunk_sizes[0], self._config.max_length):
+    for length in (self._config.first_chunks[0], self._config.max_length):
 
       def prepare() -> None:
         self._reset()
-        chunks, last = divmod(length, self._config.chunk_sizes[-1])  # noqa: B023  # runs at once
-        for _ in range(chunks):
-          self._chunk(self._config.chunk_sizes[-1], self._config.prefill_reads[-1])
-        if last:
-          self._chunk(next(size for size in self._config.chunk_sizes if size >= last))
+        self._prefill(length)  # noqa: B023  # runs at once
 
       seconds = self._time(lambda: self._insert(0, length), prepare)  # noqa: B023  # runs at once
       yield PricedProgram('insert', {'positions': length}, seconds)
@@ -184,16 +194,13 @@ class _Timer:
         yield PricedProgram('decode_steps', sizes, seconds)
 
   def copies(self) -> Iterator[PricedProgram]:
-    """Yield the times of starting a group, and of copies to the prefix store."""
+    """Yield the times of starting a group, with copies from or to the prefix store."""
     most = min(self._config.max_length // self._config.block_size, self._executor.blocks)
     for count in (0, most) if most else (0,):
-      copies = self._copies(count)
-      start = functools.partial(self._executor.start_prefill, copies)
+      start = functools.partial(self._start, 0, count)
       yield PricedProgram('start_prefill', {'blocks': count}, self._time(start))
     for count in (1, most) if most else ():
-      copies = self._copies(count)
-      assert copies is not None
-      save = functools.partial(self._executor.save_blocks, copies)
+      save = functools.partial(self._start, count, 0)
       yield PricedProgram('save_blocks', {'blocks': count}, self._time(save))
 
   def start(self) -> PricedProgram:

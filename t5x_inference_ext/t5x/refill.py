@@ -47,7 +47,8 @@ class Refill:
     max_new_tokens: Maximum number of new tokens of each prediction. None: max_decode_steps of the
       model's decode_fn. If that is None too, prompt and prediction may fill the sequence, as in
       T5X.
-    chunk: Maximum number of positions of a prompt in one prefill pass.
+    chunk: Maximum number of positions of a prompt in one prefill pass; after cached positions up to
+      an eighth more.
     budget: Maximum number of prompt tokens prefilled between two decode steps.
     speculate: Drafts that steps check, such as 'ngram:8'; None: none.
     adapter: Path of an adapter of all predictions (docs/adapters.md); None: the model itself.

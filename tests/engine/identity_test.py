@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.engine import selection
+from t5x_inference_ext.engine.chunk_sizes import UNIT
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.grammars import Grammars, masks_of
 from t5x_inference_ext.engine.request import Request
@@ -60,7 +61,7 @@ LANGUAGES = {
 
 # (mesh, prefill, decode, cache, config): the mixes of a kind run on one scheduler, which stays.
 KINDS = [
-  ('1x1x1', 'ws_2d/batch', 'ws_2d/batch', None, dict(slots=3, prefill_chunk=64, shared_pages=3)),
+  ('1x1x1', 'ws_2d/batch', 'ws_2d/batch', None, dict(slots=3, prefill_chunk=128, shared_pages=3)),
   # Fewer pages than five rows need: rows are preempted.
   (
     '1x1x1',
@@ -83,7 +84,7 @@ KINDS = [
     'int8',
     dict(slots=4, prefill_chunk=16, prefix_bytes=5 * BLOCK),
   ),
-  ('2x2x1', 'ws_2d/heads', 'wg_x/heads', None, dict(slots=4, prefill_chunk=64, decode_steps=5)),
+  ('2x2x1', 'ws_2d/heads', 'wg_x/heads', None, dict(slots=4, prefill_chunk=80, decode_steps=5)),
 ]
 # Grammars take programs of their own, and so time, in each kind.
 WITH_GRAMMARS = (0, 1, 2)
@@ -156,13 +157,22 @@ def alone(request: Request, seed: int, cache: str | None, dtype: str = 'float32'
   return alone_in(engine('1x1x1', cache=cache, dtype=dtype), request, seed)
 
 
+def near_edge(rng, least, most):
+  """A number of tokens after BOS, often where a block or chunk ends, or a token before or after."""
+  if rng.random() < 0.5:
+    return int(rng.integers(least, most + 1))
+  edge = UNIT * rng.integers(0, most // UNIT + 1) + rng.integers(-2, 1)
+  return int(np.clip(edge, least, most))
+
+
 def mix(rng, grammars, samplings=SAMPLINGS):
   """Requests, most of which begin alike with parts of one beginning, and some have grammars."""
   beginning = np.random.default_rng(rng.integers(3)).integers(3, CONFIG.vocab_size, 90).tolist()
   requests = []
   for _ in range(rng.integers(2, 7)):
-    begin = beginning[: rng.integers(0, 91)] if rng.random() < 0.7 else []
-    own = rng.integers(3, CONFIG.vocab_size, rng.integers(0, LONGEST - len(begin) + 1)).tolist()
+    begin = beginning[: near_edge(rng, 0, 90)] if rng.random() < 0.7 else []
+    own = near_edge(rng, len(begin), LONGEST) - len(begin)
+    own = rng.integers(3, CONFIG.vocab_size, own).tolist()
     seeds = tuple(rng.integers(0, 2**32, 1 + (rng.random() < 0.2)).tolist())
     limit = int(rng.integers(1, MOST + 1))
     sampling = samplings[rng.integers(len(samplings))]

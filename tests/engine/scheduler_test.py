@@ -11,7 +11,7 @@ from t5x_inference_ext.engine import programs, scheduler_config
 from t5x_inference_ext.engine.request import Request, RequestState
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
-from t5x_inference_ext.engine.scheduler_config import SchedulerConfig, next_chunk
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.serve import serve
 from t5x_inference_ext.engine.stats import PrefixStats
 from t5x_inference_ext.engine.streams import Streams
@@ -357,7 +357,7 @@ def test_programs_are_few(max_length, chunk):
     256, max_length, prefill_chunk=chunk, prefix_bytes=1, shared_pages=32, top_log_probs=20
   )
   assert int(config.programs_text(1, grammars=True).partition(':')[0]) + 1 <= 24
-  assert config.chunk_sizes[-1] == min(chunk, 1 << (max_length - 1).bit_length())
+  assert config.first_chunks[-1] == min(chunk, 1 << (max_length - 1).bit_length())
   assert config.prefill_reads[0] == 0 and config.prefill_reads[-1] == max_length
   assert config.prefill_reads == sorted({*config.prefill_reads})
 
@@ -401,32 +401,6 @@ def test_many_requests_leave_nothing_behind():
   assert core.check_books() == []
   assert {h.state for h in handles} == {RequestState.FINISHED}
   assert not core._unfinished and not core._waiting
-
-
-@pytest.mark.parametrize(
-  'left, wanted',
-  [
-    (1, [16]),
-    (16, [16]),
-    (17, [64]),
-    (70, [64, 16]),
-    (100, [64, 64]),
-    (128, [64, 64]),
-    (200, [256]),
-    (273, [256, 64]),
-    (999, [256, 256, 256, 256]),
-  ],
-)
-def test_chunks_cost_least(left, wanted):
-  chunks = []
-  while left > 0:
-    chunks.append(next_chunk([16, 64, 256], left))
-    left -= chunks[-1]
-  assert chunks == wanted
-
-
-def test_a_long_prompt_is_cut_without_recursion_over_its_length():
-  assert next_chunk([16, 64, 256], 10**6) == 256
 
 
 def test_a_config_fits_its_requests():
