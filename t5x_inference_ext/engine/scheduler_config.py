@@ -163,6 +163,10 @@ class SchedulerConfig:
     """Numbers of cached positions that chunk programs read, in ascending order; at most three."""
     # A power of two near the geometric mean of FIRST_READ and max_length.
     middle = 1 << math.isqrt(FIRST_READ * max(FIRST_READ, self.max_length)).bit_length() - 1
+    first, later = self.first_chunks[-1], self.later_chunks[-1]
+    if middle > first:  # up to the end of a whole chunk, so that no chunk before it reads all
+      middle = first + math.ceil((middle - first) / later) * later
+      middle = math.ceil(middle / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     return [0, *([middle] if middle < self.max_length else []), self.max_length]
 
   def programs_text(self, shards: int, *, grammars: bool = False) -> str:

@@ -176,7 +176,7 @@ class TestStudies:
 
 def prices_file(tmp_path, step: float) -> str:
   rows = (
-    PricedProgram('prefill_chunk', {'tokens': 256, 'read': 2048}, 0.05),
+    PricedProgram('prefill_chunk', {'tokens': 288, 'read': 2048}, 0.05),
     PricedProgram('decode_steps', {'read': 64, 'read_shared': 0}, step),
     PricedProgram('insert', {'positions': 1}, 0.001),
     PricedProgram('start_prefill', {'blocks': 0}, 0.0),
