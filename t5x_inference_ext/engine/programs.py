@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t5x_inference_ext import params
 from t5x_inference_ext.compiler_options import compiler_options
 from t5x_inference_ext.engine import (
   masked_drafts,
@@ -54,7 +53,7 @@ class Program:
 
   def __init__(self, function: Callable, **jit: Any) -> None:
     """Take `function(model, ...)`, and arguments of jax.jit."""
-    self.jitted: dict[tuple[str, frozenset[str]], Any] = {}
+    self.jitted: dict[tuple[str, tuple[str, ...]], Any] = {}
     self._function, self._jit = function, jit
 
   def __call__(self, model: Model, *arguments: Any, **options: Any) -> Any:
@@ -74,8 +73,7 @@ class Program:
 
   def _jitted_for(self, model: Model, arguments: tuple[Any, ...]) -> Any:
     device = model.mesh.devices.flat[0]
-    weights = (a.scaled for a in arguments if isinstance(a, Weights))
-    tables = next(weights, frozenset[str]()) & set(params.TABLES)
+    tables = next((a.scaled_tables for a in arguments if isinstance(a, Weights)), ())
     key = device.device_kind, tables
     if key not in self.jitted:
       options = compiler_options(device, tables)

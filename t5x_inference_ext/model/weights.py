@@ -124,12 +124,13 @@ class Weights:
   @property
   def scaled(self) -> frozenset[str]:
     """The weights that have scales, as WeightFormat.scaled names them."""
-    present = {
-      params.MATRICES: self.quantized,
-      'embedding': self.embedding_scale is not None,
-      'head': self.head_scale is not None,
-    }
-    return frozenset(name for name, has_scales in present.items() if has_scales)
+    return frozenset([*([params.MATRICES] if self.quantized else []), *self.scaled_tables])
+
+  @property
+  def scaled_tables(self) -> tuple[str, ...]:
+    """The names of the tables that have scales."""
+    scales = zip(params.TABLES, (self.embedding_scale, self.head_scale), strict=True)
+    return tuple(name for name, scale in scales if scale is not None)
 
 
 def layer_weights(tensors: Mapping[str, Any]) -> LayerWeights:
