@@ -162,7 +162,7 @@ def test_random_mixes_with_drafts_are_identical_to_one_at_a_time(name, monkeypat
     f'{sum(forced)} of them forced'
   )
   if kind.grammars:
-    assert constrained > MIXES and MIXES / 2 < sum(forced) < len(forced) - MIXES
+    assert constrained > MIXES and 0 < sum(forced) < len(forced) - MIXES
     assert sum(counts) > 1.1 * len(counts)
   assert rows > 3 * MIXES and stats.preempted > MIXES / 6
   assert len(margins) <= rows / 100 or kind.dtype == 'bfloat16'
