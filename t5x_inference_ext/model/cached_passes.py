@@ -99,7 +99,7 @@ class CachedPasses(ShardedModel):
 
   def whole_logits(self, logits: Float[Array, 'B v']) -> Float[Array, 'B V']:
     """Return the logits of decode_locally as decode_step does: each device has whole rows."""
-    rows = len(logits)
+    rows = logits.shape[0]  # len() takes no symbolic size, of an exported program
     return jax.shard_map(
       lambda x: whole_rows(self, x[:, None], rows)[:, 0],
       mesh=self.mesh,
