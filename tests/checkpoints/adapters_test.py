@@ -138,7 +138,8 @@ def test_a_converted_checkpoint_takes_its_models_adapters(testdata, families, tm
   served = open_checkpoint(tmp_path / 'served')
   assert served.module_map == open_checkpoint(families / 'smollm2').module_map
   found = read_adapter(testdata / 'adapters' / 'smollm2-lora-0', served)
-  assert set(found.low_rank) == {n for n, p in params.parameters(served.config).items() if p.scale}
+  declared = params.parameters(served.config)
+  assert set(found.low_rank) == {n for n, p in declared.items() if p.kind == 'matrix'}
   manifest = tmp_path / 'served' / 'serving_config.json'
   assert ModuleMap.from_dict(json.loads(manifest.read_text())['source']['module_map'])
   for damaged in (None, {}, [], {'modules': {}}, {**served.module_map.to_dict(), 'modules': 3}):
