@@ -106,7 +106,7 @@ class LoggedExecutor:
 
   def __getattr__(self, name: str) -> Any:
     run = getattr(self._executor, name)
-    if name not in ('start_prefill', 'prefill_chunk', 'save_blocks', 'insert', 'decode_steps'):
+    if name not in ('start_prefill', 'prefill_chunk', 'insert', 'decode_steps'):
       return run
     log = getattr(self._simulated, name)
     return lambda *inputs: (log(*inputs), run(*inputs))[1]

@@ -137,10 +137,11 @@ class PassCost:
   def into(self, decode: Layout) -> 'PassCost':
     """Return the cost of this prefill if its keys and values go on to a decode layout."""
     case = dataclasses.replace(self.case, decode_layout=decode)
-    if not case.cache_collectives:
+    found = case.cache_collectives
+    if not found:
       return self
     network = Network(case.machine, case.mesh, self.convention)
-    moves = _timed(case.cache_collectives, case.config.num_layers, network)
+    moves = _timed(found, case.config.num_layers, network)
     seconds = sum(move.seconds for move in moves)
     whole = self.whole | {'activations moved': self.whole['activations moved'] + seconds}
     ideal = self.at(IDEAL)

@@ -209,27 +209,29 @@ def cache_collectives(
     position_bytes: Bytes of one position of one key head: d_head elements, and an int8 scale.
   """
   moves = cache_moves(held, wanted, mesh)
-  ids = held.heads.cached()
-  shards = num_shards(held.attention_rows + held.axes['kv_heads'], mesh)
-  size = 2 * batch * length * position_bytes * len(ids) / shards  # on a device: keys and values
+  # On one device.
+  count = {
+    'rows': batch / num_shards(held.attention_rows, mesh),
+    'heads': len(held.heads.cached()) / num_shards(held.axes['kv_heads'], mesh),
+  }
   found: list[Collective] = []
 
   def run(steps: Sequence[CacheMove]) -> None:
-    nonlocal size
     for step in steps:
-      chips = num_shards(step.axes, mesh)
+      chips, other = num_shards(step.axes, mesh), 'heads' if step.dim == 'rows' else 'rows'
       if step.kind == 'slice':
-        size /= chips
+        count[step.dim] /= chips
         continue
-      size *= chips if step.kind == 'all_gather' else 1
+      if step.kind in ('all_gather', 'all_to_all'):
+        count[step.dim] *= chips
+      if step.kind == 'all_to_all':
+        count[other] /= chips
+      size = 2 * length * position_bytes * math.prod(count.values())  # keys and values
       found.append(Collective('cache', step.kind, step.axes, chips, math.ceil(size)))
 
   run(moves.before)
   if moves.heads:
-    local = len(ids) // num_shards(held.axes['kv_heads'], mesh)
-    for step in moves.before:
-      local *= num_shards(step.axes, mesh) if step.dim == 'heads' else 1
-    size *= len(moves.heads[0]) / local
+    count['heads'] = len(moves.heads[0])
   run(moves.after)
   return found
 

@@ -107,7 +107,7 @@ def test_int8_weights_are_half_the_bytes_and_the_same_flops():
 
 @pytest.mark.parametrize('tied', [True, False])
 def test_an_int8_table_is_half_the_bytes_and_its_scales(tied):
-  """Of an untied pair, a pass reads the head alone, and a chip holds both."""
+  """A pass reads only the untied head; a chip holds both the embedding and the head."""
   big = dataclasses.replace(config.preset('palm_62b'), num_layers=4, tied_head=tied)
   tables = ('embedding',) if tied else ('embedding', 'head')
   whole = case(big, weights='int8')

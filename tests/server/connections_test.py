@@ -49,7 +49,7 @@ def sent(peer, data, part=2**14):
 
 
 def answer(peer):
-  """What the server has sent when the connection ends."""
+  """Return all bytes that the server sent before the connection ended."""
   found = b''
   try:
     while part := peer.recv(2**16):
