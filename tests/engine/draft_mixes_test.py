@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures('quick_programs')
 MOST = 4
 FIRST, LAST = map(int, f'0-{os.environ.get("DRAFT_MIXES", 8)}'.split('-')[-2:])
 MIXES = LAST - FIRST
-SIZES = dict(slots=5, prefill_rows=2, prefill_chunk=16, pages=8, page_size=32, page_reads=1)
+SIZES = dict(slots=5, prefill_rows=2, prefill_chunk=16, pages=6, page_size=32, page_reads=1)
 # Prices of steps that check none, two tokens and all four: the cheap ones run.
 PRICES = ((1.0, 1.05, 1.1), (100.0, 1.0, 100.0), (100.0, 100.0, 1.0))
 PLAIN = tuple(s for s in SAMPLINGS if s in (SamplingParams(), SamplingParams(0.7)))
