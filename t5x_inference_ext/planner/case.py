@@ -165,9 +165,9 @@ class PassCase:
     # logits_collectives takes the prefill layout, which decides how rows are split for sampling.
     # Any layout that can share weights with prefill's splits the rows in the same way, so pass this
     # one.
+    cache = [] if self.decode_layout is None else self.collectives_into(self.decode_layout)
     return (
-      traffic.layer_collectives(*arguments, ACTIVATION_BYTES, self.weight_bytes)
-      + self.cache_collectives,
+      traffic.layer_collectives(*arguments, ACTIVATION_BYTES, self.weight_bytes) + cache,
       traffic.embedding_collectives(*arguments, ACTIVATION_BYTES)
       + traffic.logits_collectives(
         *arguments,
@@ -178,13 +178,10 @@ class PassCase:
       ),
     )
 
-  @property
-  def cache_collectives(self) -> list[Collective]:
-    """The collectives that bring a layer's keys and values into the decode layout."""
-    if self.decode_layout is None:
-      return []
+  def collectives_into(self, decode_layout: Layout) -> list[Collective]:
+    """Return the collectives that bring a layer's keys and values into a decode layout."""
     sizes = axis_sizes(self.mesh)
-    decode = activations.shard_activations(self.decode_layout, self.config, sizes, self.batch, 1)
+    decode = activations.shard_activations(decode_layout, self.config, sizes, self.batch, 1)
     return cache_moves.cache_collectives(
       self.sharding, decode, sizes, self.batch, self.length, self.cached_head_bytes
     )

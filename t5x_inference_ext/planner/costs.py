@@ -136,18 +136,20 @@ class PassCost:
 
   def into(self, decode: Layout) -> 'PassCost':
     """Return the cost of this prefill if its keys and values go on to a decode layout."""
-    case = dataclasses.replace(self.case, decode_layout=decode)
-    found = case.cache_collectives
+    case = self.case
+    found = case.collectives_into(decode)
     if not found:
       return self
     network = Network(case.machine, case.mesh, self.convention)
-    moves = _timed(found, case.config.num_layers, network)
-    seconds = sum(move.seconds for move in moves)
-    whole = self.whole | {'activations moved': self.whole['activations moved'] + seconds}
-    ideal = self.at(IDEAL)
+    moves = _timed(found, case.config.num_layers, network, self.efficiency.network)
+    seconds, moved = sum(move.seconds for move in moves), 'activations moved'
     return dataclasses.replace(
-      ideal, case=case, collectives=ideal.collectives + moves, whole=whole
-    ).at(self.efficiency)
+      self,
+      case=dataclasses.replace(case, decode_layout=decode),
+      collectives=self.collectives + moves,
+      whole=self.whole | {moved: self.whole[moved] + seconds * self.efficiency.network},
+      parts=self.parts | {moved: self.parts[moved] + seconds},
+    )
 
   def at(self, efficiency: Efficiency) -> 'PassCost':
     """Return the cost of this pass at other shares of the chip's peak rates."""
@@ -256,7 +258,7 @@ def _collectives(case: PassCase, network: Network) -> tuple[CollectiveTime, ...]
 
 
 def _timed(
-  collectives: list[Collective], count: int, network: Network
+  collectives: list[Collective], count: int, network: Network, share: float = 1.0
 ) -> tuple[CollectiveTime, ...]:
-  """Return collectives that run `count` times each, with their times."""
-  return tuple(CollectiveTime(c, count, count * network.seconds(c)) for c in collectives)
+  """Return collectives that run `count` times each, with their times at a share of full rate."""
+  return tuple(CollectiveTime(c, count, count * network.seconds(c) / share) for c in collectives)
