@@ -1,15 +1,17 @@
 """The speed of generation of this checkout beside another one's, in alternating calls.
 
-    python -m benchmarks.beside ../other_checkout [--batch=1,8,32] [--repeats=40] [--slots]
+    python -m benchmarks.beside ../other_checkout [--batch=1,8,32] [--slots=new] [--processes=3]
 
-Run from the root of a checkout. Each checkout has a process of its own, which loads the same T5X
-checkpoint and compiles. The calls then alternate, so that changes of the machine's speed affect
-both alike. For each batch size, the benchmark prints the best and the median time of both
-checkouts, and the median and the quartiles of the ratio within each pair of calls, by wall time and
-by processor time.
+Run from the root of a checkout. Each checkout has processes of its own, which load the same T5X
+checkpoint and compile. The calls then alternate, so that changes of the machine's speed affect
+both alike; but a process can be faster than another one of the same code for as long as it runs, by
+a tenth: so use several. For each batch size, the benchmark prints the best and the median time of
+both checkouts, and the median and the quartiles of the ratio within each pair of calls, by wall
+time and by processor time.
 """
 
 import argparse
+import itertools
 import os
 import pathlib
 import statistics
@@ -21,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / 'examples' / 'palm_tiny' / 'checkpoint_1000'
 
 
-def work(checkpoint: str, batches: list[int], prompt: int, generate: int, in_slots: bool) -> None:
+def work(checkpoint: str, batches: list[int], prompt: int, generate: int, slots: str) -> None:
   """Load and compile, then time a call for each batch size that is read from standard input."""
   import numpy as np
 
@@ -32,17 +34,18 @@ def work(checkpoint: str, batches: list[int], prompt: int, generate: int, in_slo
 
   engine = Engine.load(checkpoint, mesh='1x1x1', dtype='float32')
   rng = np.random.default_rng(0)
-  prompts = {rows: rng.integers(3, 259, (rows, prompt)).tolist() for rows in batches}
+  drawn = lambda rows: rng.integers(3, 259, (rows, prompt)).tolist()
+  prompts = {rows: drawn(rows) for rows in batches}
 
   def call(rows: int) -> None:
     options = dict(max_new_tokens=generate, eos_id=-1)
-    if in_slots:
-      for _ in engine.stream(prompts[rows], **options):
+    if slots:
+      for _ in engine.stream(drawn(rows) if slots == 'new' else prompts[rows], **options):
         pass
     else:
       engine.generate(prompts[rows], **options)
 
-  for rows in batches:
+  for rows in batches * 2:  # of the second prompts, the blocks are in the prefix cache
     call(rows)
   print('ready', flush=True)
   for line in sys.stdin:
@@ -99,7 +102,13 @@ def main():
   parser.add_argument('--prompt', type=int, default=128, help='tokens of each prompt')
   parser.add_argument('--generate', type=int, default=64, help='new tokens of each row')
   parser.add_argument('--repeats', type=int, default=40, help='pairs of calls')
-  parser.add_argument('--slots', action='store_true', help='stream from slots, not a static batch')
+  parser.add_argument(
+    '--slots',
+    default='',
+    choices=['new', 'cached'],
+    help='stream from slots, not a static batch: new prompts in each call, or always the same ones',
+  )
+  parser.add_argument('--processes', type=int, default=1, help='processes of each checkout')
   parser.add_argument('--work', action='store_true', help=argparse.SUPPRESS)
   args = parser.parse_args()
   batches = [int(rows) for rows in args.batch.split(',')]
@@ -108,16 +117,19 @@ def main():
     return
   arguments = ['.', f'--checkpoint={os.path.abspath(args.checkpoint)}', f'--batch={args.batch}']
   arguments += [f'--prompt={args.prompt}', f'--generate={args.generate}']
-  arguments += ['--slots'] if args.slots else []
-  workers = [Worker(checkout.resolve(), arguments) for checkout in (ROOT, args.other)]
-  for worker in workers:
+  arguments += [f'--slots={args.slots}'] if args.slots else []
+  pairs = [
+    [Worker(checkout.resolve(), arguments) for checkout in (ROOT, args.other)]
+    for _ in range(args.processes)
+  ]
+  for worker in itertools.chain(*pairs):
     worker.read()
   print('batch | this: best, median ms | other: best, median ms | faster, wall | processor')
   for rows in batches:
     calls: tuple[list, list] = [], []
     for i in range(args.repeats):
-      for side in (0, 1) if i % 2 else (1, 0):
-        calls[side].append(workers[side].call(rows))
+      for side in (0, 1) if i // args.processes % 2 else (1, 0):
+        calls[side].append(pairs[i % args.processes][side].call(rows))
     (this, this_cpu), (other, other_cpu) = ([list(x) for x in zip(*side)] for side in calls)
     print(
       f'{rows:5} | {milliseconds(this):>21} | {milliseconds(other):>22} | {ratios(this, other)} | '

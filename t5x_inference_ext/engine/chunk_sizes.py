@@ -3,7 +3,8 @@
 Each pass reads all weights, so a prompt should take few passes; but a chunk is padded to one of few
 sizes, each of which is a program. A prompt's first chunk attends to nothing before it. Most prompts
 are short, so these sizes are some small ones and large ones. Later chunks are whole ones, the ends
-of prompts, and what follows a cached prefix: a chat's next turn, or a question after instructions.
+of prompts, and what follows a cached prefix: a chat's next turn, a question after instructions, or
+the few tokens after the last whole block of a prompt that was served before.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ UNIT = 16  # chunk sizes are multiples of it, but for the largest
 _FACTOR = 4  # ratio of consecutive sizes of first chunks, below half of the largest
 _MOST_FIRST = 4  # maximum number of sizes of first chunks
 # Later chunks are the largest one, or these parts of it.
-_LATER_PARTS = 6, 3, 1
+_LATER_PARTS = 18, 4.5, 1
 # A later chunk may be longer than the largest first one by this part of it: prompts are often a
 # power of two and some tokens more, for BOS, a template, or what a block of the prefix cache cuts.
 _MORE = 8
@@ -51,8 +52,8 @@ def later_chunks(first: int, most: int) -> list[int]:
 def next_chunk(sizes: Sequence[int], later: Sequence[int], left: int) -> int:
   """Return the size of the next chunk of a prompt that has `left` tokens left, at least 1.
 
-  The chunks of a prompt are chosen for the least total cost: of sizes 48, 96 and 288, 130 tokens
-  become chunks of 96 and 48, not one of 288; 180 become two of 96, not 96, 48 and 48.
+  The chunks of a prompt are chosen for the least total cost: of sizes 16, 64 and 288, 130 tokens
+  become chunks of 64, 64 and 16, not one of 288; 40 become one of 64, not 16, 16 and 16.
 
   Args:
     sizes: Possible sizes, in ascending order.
