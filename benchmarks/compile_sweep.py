@@ -104,7 +104,10 @@ def series(text: str = _SERIES) -> list[list[SweepCase]]:
       length = max(map(len, fields))
       columns = [field if len(field) > 1 else field * length for field in fields]
       found.append(
-        [SweepCase(*row[:5], int(row[5]), int(row[6])) for row in zip(*columns, strict=True)]
+        [
+          SweepCase(*row[:5], batch=int(row[5]), positions=int(row[6]))
+          for row in zip(*columns, strict=True)
+        ]
       )
   return found
 

@@ -143,10 +143,11 @@ class Side:
     )
     runs = DeviceExecutor(engine.model, engine.weights, config)
     if greedy:  # set this before any program is compiled
-      runs._drafter = dataclasses.replace(runs._drafter, shared_noise=False)
+      made: Any = runs.drafter
+      runs.drafter = dataclasses.replace(made, shared_noise=False)
     self.executor = TimedExecutor(runs)
     self.scheduler = Scheduler(engine.model, None, config, executor=self.executor)
-    drafter = runs._drafter
+    drafter = runs.drafter
     self.widths = (0,) if drafter is None else (0, *verify_widths(drafter.most))
     self._requests = requests
     self.tokens: list[list[int]] = []
@@ -192,7 +193,7 @@ class Side:
 
   def least_steps(self, prices: Sequence[float]) -> float | None:
     """Return a lower bound on the time of a run at these prices; None for a draft model."""
-    drafter = self.executor._drafter
+    drafter = self.executor.drafter
     if not isinstance(drafter, NgramDrafter):
       return None
     times = [
@@ -203,7 +204,7 @@ class Side:
 
   def right_by_position(self) -> list[float]:
     """Return the share of right tokens at each position of a draft, of those after right ones."""
-    drafter = self.executor._drafter
+    drafter = self.executor.drafter
     if not isinstance(drafter, NgramDrafter):
       return []
     right = [

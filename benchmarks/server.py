@@ -68,14 +68,14 @@ def stub_case(args) -> None:
       slots=args.slots,
       seconds=STEP_SECONDS,
     )
-    served = ServedService(service)
-    clients(served.url, args.slots, 100)  # warms up
+    running = ServedService(service)
+    clients(running.url, args.slots, 100)  # warms up
     found = []
     for _ in range(args.repeats):
       steps, begin = service.driver.steps, time.process_time()
-      clients(served.url, args.slots, args.new_tokens)
+      clients(running.url, args.slots, args.new_tokens)
       found.append((time.process_time() - begin) / (service.driver.steps - steps) * 1e3)
-    served.close()
+    running.close()
   print(
     f'{args.slots} streams of {args.new_tokens} tokens, steps that compute nothing: '
     f'{statistics.median(found):.2f} ms of processor time a step '
@@ -110,11 +110,11 @@ def model_case(args) -> None:
 
   with open(os.devnull, 'w', encoding='utf-8') as nowhere:
     service = make_service(served, settings, options, RequestLog(nowhere))
-    served = ServedService(service)
+    running = ServedService(service)
 
     def over_http(share: float) -> float:
       constrained = round(args.slots * share)
-      seconds = clients(served.url, args.slots, args.new_tokens, constrained)
+      seconds = clients(running.url, args.slots, args.new_tokens, constrained)
       return args.slots * args.new_tokens / seconds
 
     rates = {
@@ -128,7 +128,7 @@ def model_case(args) -> None:
     for _ in range(args.repeats):
       for run, found in rates.values():
         found.append(run())
-    served.close()
+    running.close()
   device = jax.devices()[0].device_kind
   print(f'{args.slots} streams of {args.new_tokens} tokens, {args.dtype}, {device}, tokens/s:')
   for name, (_, found) in rates.items():

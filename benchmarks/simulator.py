@@ -14,7 +14,8 @@ drafts.
 Where other programs run, the machine's speed changes within seconds, and the queues of slow seconds
 make most of the long latencies. So the simulator runs twice: at the prices of the table, and at
 prices that follow the machine's speed. This speed is known from the real run: the time that the
-engine's steps took in each half second, divided by the price of their programs.
+engine's steps took in each half second, divided by the price of their programs; one for decode
+steps, and one for the programs of prompts, which use the cores and caches in another way.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import statistics
 from typing import Any
 
 import jax
+import numpy as np
 
 from benchmarks.continuous import make_engine
 from t5x_inference_ext.engine.executor import DeviceExecutor, Executor
@@ -47,6 +49,7 @@ from t5x_inference_ext.simulator.trace import Arrival, RandomTrace
 
 NO_LIMITS = WaitingLimits(10**9, 10**12)
 PERIOD = 0.5  # seconds in which the machine's speed counts as constant
+STEPS = 'decode_steps', 'host', 'start'  # programs of decode steps; the others are those of prompts
 
 
 def mean_of(before: PricedService, after: PricedService) -> list[PricedProgram]:
@@ -54,6 +57,9 @@ def mean_of(before: PricedService, after: PricedService) -> list[PricedProgram]:
   return [
     a._replace(seconds=(a.seconds + b.seconds) / 2) for a, b in zip(before.programs, after.programs)
   ]
+
+
+Slowness = Sequence[tuple[float, float]]
 
 
 class BusyClock:
@@ -117,17 +123,18 @@ class PricesInTime:
 
   Args:
     prices: Prices at the mean speed.
-    slowness: Factor on the prices in each period of PERIOD seconds.
+    slowness: Factors on the prices in each period of PERIOD seconds: of decode steps, of prompts.
     clock: Tells the time.
   """
 
-  def __init__(self, prices: Prices, slowness: Sequence[float], clock: VirtualClock) -> None:
+  def __init__(self, prices: Prices, slowness: Slowness, clock: VirtualClock) -> None:
     self._prices, self._slowness, self._clock = prices, slowness, clock
 
   def seconds(self, program: str, **sizes: int) -> float:
     """Return the seconds of a program that starts now."""
     period = min(int(self._clock.now() / PERIOD), len(self._slowness) - 1)
-    return self._slowness[period] * self._prices.seconds(program, **sizes)
+    steps, prompts = self._slowness[period]
+    return (steps if program in STEPS else prompts) * self._prices.seconds(program, **sizes)
 
 
 class RealRun:
@@ -166,29 +173,59 @@ class RealRun:
     self.served = serve_arrivals(scheduler, arrivals, clock, NO_LIMITS, note)
     note()
 
-  def slowness(self, prices: Prices) -> list[float]:
-    """Return how many times longer than their prices the steps took, in each PERIOD."""
-    host = prices.seconds('host')
-    took, priced = collections.Counter[int](), collections.Counter[int]()
-    for (now, busy, first), (_, after, last) in zip(self._steps, self._steps[1:]):
-      programs = self._programs[first:last]
-      took[int(now / PERIOD)] += after - busy
-      priced[int(now / PERIOD)] += host + sum(prices.seconds(p, **sizes) for p, sizes in programs)
-    whole = sum(took.values()) / sum(priced.values())
-    periods = range(1 + max(took))
-    return [took[i] / priced[i] if priced[i] else whole for i in periods]
+  def slowness(self, prices: Prices) -> Slowness:
+    """Return how many times their prices decode steps, and prompts, took in each PERIOD.
+
+    Where there were none, the mean of the whole run counts.
+    """
+    host, slept, started = prices.seconds('host'), 0.0, 0.0
+    # Seconds taken, and their prices, of steps of the scheduler without prompts, and with some.
+    decode: dict[int, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
+    mixed: dict[int, np.ndarray] = collections.defaultdict(lambda: np.zeros(3))
+    for (now, busy, first), (end, after, last) in zip(self._steps, self._steps[1:]):
+      # The host waits for a step's prompts in it, but for its decode step in the next one, if any.
+      steps, started, prompts = host + started, 0.0, 0.0
+      for program, sizes in self._programs[first:last]:
+        if program in STEPS:
+          started += prices.seconds(program, **sizes)
+        else:
+          prompts += prices.seconds(program, **sizes)
+      if now - busy > slept:
+        slept, prompts = now - busy, prompts + prices.seconds('wake')
+      if end - after > slept:
+        steps, started = steps + started, 0.0
+      period, took = int(now / PERIOD), after - busy
+      if prompts:
+        mixed[period] += took, steps, prompts
+      else:
+        decode[period] += took, steps
+
+    def ratio(took: float, priced: float, otherwise: float) -> float:
+      return max(0.0, took / priced) if priced else otherwise
+
+    took, priced = sum(decode.values(), np.zeros(2))
+    mean = ratio(took, priced, 1.0)
+    took, steps, prompts = sum(mixed.values(), np.zeros(3))
+    mean_of_prompts = ratio(took - mean * steps, prompts, mean)
+    found = []
+    for period in range(1 + max(mixed | decode)):
+      took, priced = decode[period]
+      of_steps = ratio(took, priced, mean)
+      took, steps, prompts = mixed[period]
+      found.append((of_steps, ratio(took - of_steps * steps, prompts, mean_of_prompts)))
+    return found
 
 
 def simulate_in_time(
   model: Model,
   config: SchedulerConfig,
   prices: Prices,
-  slowness: Sequence[float],
+  slowness: Slowness,
   arrivals: Sequence[Arrival],
   shared: bool,
 ) -> ServedTrace:
   """Simulate a service on a machine whose speed changes; see PricesInTime and VirtualClock."""
-  clock = VirtualClock(shared)
+  clock = VirtualClock(shared, prices.seconds('wake'))
   in_time = PricesInTime(prices, slowness, clock)
   executor = ClockExecutor(model, config, in_time, clock, 2**20)
   scheduler = Scheduler(model, None, config, executor=executor)
@@ -257,14 +294,17 @@ def main() -> None:
     print(f'{args.requests} requests, {rate:.1f} a second, load {load:g}; constant prices:')
     virtual = simulate(model, config, prices, arrivals, NO_LIMITS, shared=before.shared)
     print_beside(real.served, virtual)
-    cuts = statistics.quantiles(slowness, n=20)
-    print(f" at the machine's speed; steps took {cuts[0]:.2f} to {cuts[-1]:.2f} times their price:")
+    spreads = [
+      '{:.2f} to {:.2f}'.format(*statistics.quantiles(each, n=20)[::18]) for each in zip(*slowness)
+    ]
+    print(f" at the machine's speed; decode steps took {spreads[0]} times their prices,", end='')
+    print(f' prompts {spreads[1]}:')
     in_time = simulate_in_time(model, config, prices, slowness, arrivals, before.shared)
     print_beside(real.served, in_time)
     before = after
   for row in before.programs:
-    sizes = ', '.join(f'{name}={size}' for name, size in row.sizes.items())
-    print(f'{row.program}({sizes}): {row.seconds * 1e3:.3f} ms')
+    named = ', '.join(f'{name}={size}' for name, size in row.sizes.items())
+    print(f'{row.program}({named}): {row.seconds * 1e3:.3f} ms')
   if args.prices:
     with open(args.prices, 'w', encoding='utf-8') as file:
       file.write(before.text())

@@ -11,7 +11,7 @@ class ServiceClock(Protocol):
     """Return the time in seconds."""
 
   def sleep_until(self, moment: float) -> None:
-    """Wait until this time; return at once if it has passed."""
+    """Wait until this time, with nothing to do; return at once if it has passed."""
 
 
 class WallClock:
@@ -26,7 +26,8 @@ class WallClock:
 
   def sleep_until(self, moment: float) -> None:
     """Sleep until this time, in seconds."""
-    time.sleep(max(0.0, moment - self.now()))
+    if (seconds := moment - self.now()) > 0:
+      time.sleep(seconds)
 
 
 class VirtualClock:
@@ -37,18 +38,25 @@ class VirtualClock:
 
   Args:
     shared: Whether the devices are the host's own cores, and so idle while the host works.
+    wake: Seconds that the devices take longer for the first work after the host slept.
   """
 
-  def __init__(self, shared: bool = False) -> None:
+  def __init__(self, shared: bool = False, wake: float = 0.0) -> None:
     self._now = self._devices_free = 0.0
-    self._shared = shared
+    self._shared, self._wake = shared, wake
 
   def now(self) -> float:
     """Return the host's time in seconds."""
     return self._now
 
   def sleep_until(self, moment: float) -> None:
-    """Advance the host's time to this time."""
+    """Advance the host's time to this time, with nothing to do."""
+    if moment > self._now:
+      self.read(moment)
+      self.start(self._wake)
+
+  def read(self, moment: float) -> None:
+    """Advance the host's time to this time, at which devices have done some work."""
     self._now = max(self._now, moment)
 
   def spend(self, seconds: float) -> None:
@@ -64,4 +72,4 @@ class VirtualClock:
 
   def drain(self) -> None:
     """Advance the host's time until the devices have no work left."""
-    self.sleep_until(self._devices_free)
+    self.read(self._devices_free)

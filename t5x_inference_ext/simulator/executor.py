@@ -67,9 +67,8 @@ class ClockExecutor:
     """Advance the clock by copies into the prefix store and the start of a group: one program."""
     saves, loads = (int(each.count) for each in copies) if copies else (0, 0)
     seconds = self._prices.seconds('start_prefill', blocks=loads)
-    if saves:  # the price includes a start without loads
-      empty = self._prices.seconds('start_prefill', blocks=0)
-      seconds += max(0.0, self._prices.seconds('save_blocks', blocks=saves) - empty)
+    if saves:
+      seconds += self._prices.seconds('save_blocks', blocks=saves)
     self._begin(seconds)
 
   def prefill_chunk(
@@ -163,7 +162,7 @@ class ClockExecutor:
 
   def fetch(self, output: Any) -> StepsOutput:
     """Wait for a program's output, and return it."""
-    self._clock.sleep_until(output.done)
+    self._clock.read(output.done)
     return output.output
 
   def wait(self) -> None:

@@ -32,6 +32,7 @@ from t5x_inference_ext.simulator.trace import RandomTrace
 _CALLS = 8  # in a row: starting a call overlaps with running others, as in a busy scheduler
 _PROMPT = 32  # number of tokens of the rows whose decode steps are timed
 _HOST_REQUESTS = 200
+_IDLE = 0.1  # seconds after which cores sleep, and others have used their caches
 
 
 def measure_service(
@@ -48,9 +49,31 @@ def measure_service(
   timer = _Timer(model, weights, config, repeats)
   rows = [*timer.prefill(), *timer.insertions(), *timer.steps(), *timer.copies()]
   rows += [timer.start(), PricedProgram('host', {}, host_seconds(model, config))]
+  shared = timer.shared
+  del timer  # its cache, before that of another scheduler
+  rows += [PricedProgram('wake', {}, wake_seconds(model, weights, config, repeats))]
   layouts = model.prefill_layout, model.decode_layout
   x, y, z = model.mesh.shape.values()
-  return PricedService(config, (x, y, z), layouts, tuple(rows), timer.shared)
+  return PricedService(config, (x, y, z), layouts, tuple(rows), shared)
+
+
+def wake_seconds(
+  model: Model, weights: Weights, config: SchedulerConfig, repeats: int = 5
+) -> float:
+  """Measure how much longer a first token takes if nothing ran for _IDLE seconds before."""
+  scheduler, rng = Scheduler(model, weights, config), np.random.default_rng(0)
+  found: dict[float, list[float]] = {0.0: [], _IDLE: []}
+  for pause in [0.0, *found] * (_CALLS * repeats):  # after a pause, the first one may be slow, too
+    length = max(1, config.max_length // 4)
+    tokens = rng.integers(0, model.config.vocab_size, length).tolist()
+    time.sleep(pause)
+    begin = time.perf_counter()
+    scheduler.submit(Request(tuple(tokens), limit=1))
+    while not scheduler.idle:
+      scheduler.step()
+    found[pause].append(time.perf_counter() - begin)
+  busy, idle = found.values()
+  return max(0.0, statistics.fmean(idle) - statistics.fmean(busy[1::2]))
 
 
 def host_seconds(model: Model, config: SchedulerConfig) -> float:
@@ -194,14 +217,16 @@ class _Timer:
         yield PricedProgram('decode_steps', sizes, seconds)
 
   def copies(self) -> Iterator[PricedProgram]:
-    """Yield the times of starting a group, with copies from or to the prefix store."""
+    """Yield the times of starting a group with blocks to load, and what saving blocks adds."""
     most = min(self._config.max_length // self._config.block_size, self._executor.blocks)
-    for count in (0, most) if most else (0,):
-      start = functools.partial(self._start, 0, count)
-      yield PricedProgram('start_prefill', {'blocks': count}, self._time(start))
+    empty = self._time(self._reset)
+    yield PricedProgram('start_prefill', {'blocks': 0}, empty)
+    if most:
+      load = functools.partial(self._start, 0, most)
+      yield PricedProgram('start_prefill', {'blocks': most}, self._time(load))
     for count in (1, most) if most else ():
       save = functools.partial(self._start, count, 0)
-      yield PricedProgram('save_blocks', {'blocks': count}, self._time(save))
+      yield PricedProgram('save_blocks', {'blocks': count}, max(0.0, self._time(save) - empty))
 
   def start(self) -> PricedProgram:
     """Return the host's time to start a program and to read an output that is ready.

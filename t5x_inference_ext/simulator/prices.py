@@ -27,8 +27,9 @@ from t5x_inference_ext.sharding.mesh import MeshShape, parse_mesh
 from t5x_inference_ext.speculation import parse_speculation
 from t5x_inference_ext.text_files import parse_json
 
-# Program -> names of its sizes. Two entries are not programs of the devices: `host` is the host's
-# own work in a step of the scheduler, `start` its work to start a program.
+# Program -> names of its sizes. Some entries are not programs of the devices: `host` is the host's
+# own work in a step of the scheduler, `start` its work to start a program. `wake` is what the first
+# step takes longer after the service waited for a request.
 PROGRAMS: dict[str, tuple[str, ...]] = {
   'prefill_chunk': ('tokens', 'read'),
   'decode_steps': ('read', 'read_shared'),
@@ -38,7 +39,9 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
   'save_blocks': ('blocks',),
   'host': (),
   'start': (),
+  'wake': (),
 }
+_ZERO_IF_MISSING = ('wake',)
 # Sizes that are not static in a program. Between the rows of a table, time is linear in them.
 _COUNTED = ('positions', 'blocks')
 
@@ -107,6 +110,8 @@ class PriceTable:
     if rows and PROGRAMS[program] and PROGRAMS[program][0] in _COUNTED:
       return _on_line([(each[0], seconds) for each, seconds in rows], sizes[0])
     fitting = [s for each, s in rows if all(have >= ask for have, ask in zip(each, sizes))]
+    if not fitting and program in _ZERO_IF_MISSING:
+      return 0.0
     if not fitting:
       wanted = ', '.join(f'{name}={size}' for name, size in zip(PROGRAMS[program], sizes))
       raise RequestError(

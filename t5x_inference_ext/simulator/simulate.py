@@ -42,7 +42,7 @@ def simulate(
   Raises:
     RequestError: A request does not fit, the prices lack a program, or there is no acceptance.
   """
-  clock = VirtualClock(shared)
+  clock = VirtualClock(shared, prices.seconds('wake'))
   executor = ClockExecutor(model, config, prices, clock, block_bytes, acceptance)
   scheduler = Scheduler(model, None, config, executor=executor)
   host = prices.seconds('host')

@@ -28,6 +28,7 @@ def test_a_program_takes_what_the_next_larger_one_takes():
     (64, 9, 4.0),
   ):
     assert table.seconds('prefill_chunk', tokens=tokens, read=read) == seconds
+  assert table.seconds('wake') == 0.0  # tables may lack it
   with pytest.raises(RequestError) as refused:
     table.seconds('prefill_chunk', tokens=64, read=513)
   assert str(refused.value) == (
@@ -93,8 +94,10 @@ def test_every_program_of_a_service_is_measured():
   )
   found = measure_service(engine.model, engine.weights, config, repeats=1)
   assert {row.program for row in found.programs} == set(PROGRAMS) - {'speculative_steps'}
-  # On a CPU the programs' own times include their starts.
-  assert found.shared and {row.program for row in found.programs if not row.seconds} == {'start'}
+  # On a CPU the programs' own times include their starts. What is a difference of two times is 0
+  # where it is less than the noise.
+  without_time = {row.program for row in found.programs if not row.seconds}
+  assert found.shared and {'start'} <= without_time <= {'start', 'save_blocks', 'wake'}
   sizes = [tuple(r.sizes.values()) for r in found.programs if r.program == 'decode_steps']
   assert sizes == [(read, shared) for read in config.reads_of_pages(1) for shared in (0, 2)]
   chunks = [tuple(r.sizes.values()) for r in found.programs if r.program == 'prefill_chunk']

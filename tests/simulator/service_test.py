@@ -61,6 +61,19 @@ def test_a_request_alone_takes_its_chunk_its_insertion_and_a_step_a_token():
   assert found.seconds == pytest.approx(1.5 + CHUNK + INSERT + 3 * STEP)
 
 
+def test_who_comes_after_a_pause_waits_until_the_devices_are_awake():
+  table = prices(more=[PricedProgram('wake', {}, 0.03)])
+  found = simulate(MODEL, config(), table, arrivals((1.5, 16, 4)))
+  assert found.first.p50 == pytest.approx(CHUNK + INSERT + 0.03)
+  assert found.seconds == pytest.approx(1.5 + CHUNK + INSERT + 3 * STEP + 0.03)
+  # At the start nobody waited; the second request finds the devices at work.
+  found = simulate(MODEL, config(), table, arrivals((0, 16, 20), (0.2, 16, 1)))
+  assert (
+    found.first.p50
+    == simulate(MODEL, config(), prices(), arrivals((0, 16, 20), (0.2, 16, 1))).first.p50
+  )
+
+
 def test_a_long_prompt_takes_a_chunk_after_the_other():
   found = simulate(MODEL, config(prefill_chunk=16), prices(), arrivals((0, 64, 1)))
   assert found.first.p50 == pytest.approx(4 * CHUNK + INSERT)
