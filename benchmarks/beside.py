@@ -45,7 +45,7 @@ def work(checkpoint: str, batches: list[int], prompt: int, generate: int, slots:
     else:
       engine.generate(prompts[rows], **options)
 
-  for rows in batches * 2:  # of the second prompts, the blocks are in the prefix cache
+  for rows in batches * 2:  # the same prompts again run other programs: they are cached
     call(rows)
   print('ready', flush=True)
   for line in sys.stdin:

@@ -51,15 +51,15 @@ NO_LIMITS = WaitingLimits(10**9, 10**12)
 PERIOD = 0.5  # seconds in which the machine's speed counts as constant
 STEPS = 'decode_steps', 'host', 'start'  # programs of decode steps; the others are those of prompts
 
+# In each PERIOD, how many times their prices the programs took: of decode steps, of prompts.
+Slowness = Sequence[tuple[float, float]]
+
 
 def mean_of(before: PricedService, after: PricedService) -> list[PricedProgram]:
   """Return the mean of two tables with equal rows."""
   return [
     a._replace(seconds=(a.seconds + b.seconds) / 2) for a, b in zip(before.programs, after.programs)
   ]
-
-
-Slowness = Sequence[tuple[float, float]]
 
 
 class BusyClock:
@@ -79,8 +79,9 @@ class BusyClock:
   def sleep_until(self, moment: float) -> None:
     """Wait until this time, in seconds."""
     begin = self.now()
-    self._clock.sleep_until(moment)
-    self.slept += self.now() - begin
+    if moment > begin:
+      self._clock.sleep_until(moment)
+      self.slept += self.now() - begin
 
 
 class ProgramLog(NoTime):
@@ -163,12 +164,11 @@ class RealRun:
     simulated = ClockExecutor(model, config, log, VirtualClock(), 2**20)
     scheduler = Scheduler(model, None, config, executor=LoggedExecutor(executor, simulated))
     self._programs = log.programs
-    # Before each step: the time, seconds not slept so far, number of programs so far.
+    # Before each step: the time, seconds slept so far, number of programs so far.
     self._steps: list[tuple[float, float, int]] = []
 
     def note() -> None:
-      now = clock.now()
-      self._steps.append((now, now - clock.slept, len(self._programs)))
+      self._steps.append((clock.now(), clock.slept, len(self._programs)))
 
     self.served = serve_arrivals(scheduler, arrivals, clock, NO_LIMITS, note)
     note()
@@ -178,11 +178,11 @@ class RealRun:
 
     Where there were none, the mean of the whole run counts.
     """
-    host, slept, started = prices.seconds('host'), 0.0, 0.0
+    host, before, started = prices.seconds('host'), 0.0, 0.0
     # Seconds taken, and their prices, of steps of the scheduler without prompts, and with some.
     decode: dict[int, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
     mixed: dict[int, np.ndarray] = collections.defaultdict(lambda: np.zeros(3))
-    for (now, busy, first), (end, after, last) in zip(self._steps, self._steps[1:]):
+    for (now, slept, first), (end, slept_after, last) in zip(self._steps, self._steps[1:]):
       # The host waits for a step's prompts in it, but for its decode step in the next one, if any.
       steps, started, prompts = host + started, 0.0, 0.0
       for program, sizes in self._programs[first:last]:
@@ -190,11 +190,11 @@ class RealRun:
           started += prices.seconds(program, **sizes)
         else:
           prompts += prices.seconds(program, **sizes)
-      if now - busy > slept:
-        slept, prompts = now - busy, prompts + prices.seconds('wake')
-      if end - after > slept:
+      if slept > before:
+        before, prompts = slept, prompts + prices.seconds('wake')
+      if slept_after > slept:
         steps, started = steps + started, 0.0
-      period, took = int(now / PERIOD), after - busy
+      period, took = int(now / PERIOD), end - now - (slept_after - slept)
       if prompts:
         mixed[period] += took, steps, prompts
       else:

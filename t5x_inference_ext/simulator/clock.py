@@ -26,8 +26,7 @@ class WallClock:
 
   def sleep_until(self, moment: float) -> None:
     """Sleep until this time, in seconds."""
-    if (seconds := moment - self.now()) > 0:
-      time.sleep(seconds)
+    time.sleep(max(0.0, moment - self.now()))
 
 
 class VirtualClock:

@@ -62,18 +62,23 @@ def wake_seconds(
 ) -> float:
   """Measure how much longer a first token takes if nothing ran for _IDLE seconds before."""
   scheduler, rng = Scheduler(model, weights, config), np.random.default_rng(0)
-  found: dict[float, list[float]] = {0.0: [], _IDLE: []}
-  for pause in [0.0, *found] * (_CALLS * repeats):  # after a pause, the first one may be slow, too
-    length = max(1, config.max_length // 4)
+  length = max(1, config.max_length // 4)
+
+  def first_token_after(pause: float) -> float:
     tokens = rng.integers(0, model.config.vocab_size, length).tolist()
     time.sleep(pause)
     begin = time.perf_counter()
     scheduler.submit(Request(tuple(tokens), limit=1))
     while not scheduler.idle:
       scheduler.step()
-    found[pause].append(time.perf_counter() - begin)
-  busy, idle = found.values()
-  return max(0.0, statistics.fmean(idle) - statistics.fmean(busy[1::2]))
+    return time.perf_counter() - begin
+
+  longer = []
+  for _ in range(_CALLS * repeats):
+    first_token_after(0.0)  # it may be slow itself: the one before it came after a pause
+    busy = first_token_after(0.0)
+    longer.append(first_token_after(_IDLE) - busy)
+  return max(0.0, statistics.fmean(longer))
 
 
 def host_seconds(model: Model, config: SchedulerConfig) -> float:

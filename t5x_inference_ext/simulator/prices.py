@@ -110,9 +110,9 @@ class PriceTable:
     if rows and PROGRAMS[program] and PROGRAMS[program][0] in _COUNTED:
       return _on_line([(each[0], seconds) for each, seconds in rows], sizes[0])
     fitting = [s for each, s in rows if all(have >= ask for have, ask in zip(each, sizes))]
-    if not fitting and program in _ZERO_IF_MISSING:
-      return 0.0
     if not fitting:
+      if program in _ZERO_IF_MISSING:
+        return 0.0
       wanted = ', '.join(f'{name}={size}' for name, size in zip(PROGRAMS[program], sizes))
       raise RequestError(
         f'{self._name} has no row for {program}({wanted}) or larger sizes: add one'

@@ -18,9 +18,8 @@ SLOWNESS = [(1.0, 1.0), (2.0, 3.0), (1.5, 1.0), (1.0, 1.5), (3.0, 3.0), (1.0, 1.
 def test_the_speed_is_known_from_the_steps_and_repeats_the_latencies():
   """A machine in virtual time that is slow in some periods, in which requests wait."""
   sizes, clock = config(), VirtualClock()
-  table = PricesInTime(
-    prices(), [(0.1, 0.1)], VirtualClock()
-  )  # a tenth, so that periods have many steps
+  # A tenth of the prices, so that periods have many steps.
+  table = PricesInTime(prices(), [(0.1, 0.1)], VirtualClock())
   executor = ClockExecutor(MODEL, sizes, PricesInTime(table, SLOWNESS, clock), clock, 2**20)
   rows = arrivals(*[(0.05 * i, 16, 8 + i % 5) for i in range(56)])
   real = RealRun(MODEL, sizes, executor, rows, clock)
