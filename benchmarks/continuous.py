@@ -2,7 +2,7 @@
 
     python -m benchmarks.continuous                 # 256 requests of ragged lengths, 32 slots
     python -m benchmarks.continuous --case=prefix   # two families of prompts that share 500 tokens
-    python -m benchmarks.continuous --case=chat     # 32 chats of four turns
+    python -m benchmarks.continuous --case=chat     # 32 chats of four turns, of 256 tokens each
 
 Run from the root of a checkout, on one device. Prompts of 16 to 512 tokens and outputs of 8 to 256
 are drawn log-uniformly with seed 0. A useful token is one that a request asked for. The static
@@ -14,6 +14,8 @@ steps as the batch's longest output has tokens, since T5X has no limits per row.
 """
 
 import argparse
+from collections.abc import Callable, Generator
+import contextlib
 import statistics
 import time
 
@@ -180,52 +182,75 @@ def refill_case(args) -> None:
     stock_case(args, engine, requests, new, fast)
 
 
-def first_tokens(scheduler: Scheduler, prompts: list[list[int]]) -> tuple[list[int], float]:
-  """Return the first token of each prompt, and the seconds until the last of them."""
+# Yields the prompts of each turn, and gets the replies to them.
+Turns = Generator[list[list[int]], list[list[int]], None]
+
+
+def replies_to(
+  scheduler: Scheduler, prompts: list[list[int]], new: int
+) -> tuple[list[list[int]], float]:
+  """Return `new` tokens after each prompt, and the seconds until the last prompt's first token."""
   start = time.perf_counter()
-  found = {}
-  for event in serve(scheduler, [Request((0, *p), limit=1) for p in prompts]):
-    found[event.request] = event.tokens[0]
-  return [found[i] for i in range(len(prompts))], time.perf_counter() - start
+  replies: list[list[int]] = [[] for _ in prompts]
+  last = 0.0
+  for event in serve(scheduler, [Request((0, *p), limit=new, cache_reply=True) for p in prompts]):
+    if not replies[event.request]:
+      last = time.perf_counter() - start
+    replies[event.request] += event.tokens
+  return replies, last
 
 
-def beginnings_case(args, turns: list[list[list[int]]], what: str) -> None:
-  """Time all first tokens of each turn's prompts, with a prefix cache and without."""
+def beginnings_case(args, turns: Callable[[], Turns], new: int, longest: int, what: str) -> None:
+  """Time all first tokens of each turn's prompts, with a prefix cache and without.
+
+  Args:
+    args: Arguments of the command.
+    turns: Begins the turns anew.
+    new: Number of new tokens after each prompt.
+    longest: Maximum number of tokens of a prompt and what follows it.
+    what: What the turns are.
+  """
   engine = make_engine(args.layers, args.d_model, args.vocabulary, args.dtype)
-  longest = max(len(p) for prompts in turns for p in prompts) + 1
   print(f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; {what}')
   times: dict[bool, list[list[float]]] = {False: [], True: []}
-  tokens: dict[bool, list] = {}
+  tokens: dict[bool, list[list[list[int]]]] = {}
   for repeat in range(args.repeats + 1):  # the first run compiles
     for share in (False, True):
       config = scheduler_config.config_for(
         engine.model,
         [],
         slots=args.slots,
-        max_length=longest,
+        max_length=longest + 1,
         share=share,
         end_ids=(),
         prefill_chunk=args.chunk,
         prefill_budget=10**6,
       )
       scheduler = Scheduler(engine.model, engine.weights, config)
-      found = [first_tokens(scheduler, prompts) for prompts in turns]
-      tokens[share] = [ids for ids, _ in found]
+      tokens[share], seconds = [], []
+      conversation = turns()
+      prompts = next(conversation)
+      with contextlib.suppress(StopIteration):  # after the last turn
+        while True:
+          replies, last = replies_to(scheduler, prompts, new)
+          tokens[share].append(replies)
+          seconds.append(last)
+          prompts = conversation.send(replies)
       if repeat:
-        times[share].append([seconds for _, seconds in found])
-  for turn, prompts in enumerate(turns):
+        times[share].append(seconds)
+  for turn, (before, after) in enumerate(zip(tokens[False], tokens[True])):
     alone, shared = (statistics.median(t[turn] for t in times[share]) for share in (False, True))
-    equal = sum(a == b for a, b in zip(tokens[False][turn], tokens[True][turn]))
+    equal = sum(a == b for a, b in zip(before, after))
     print(
       f'turn {turn + 1}: first tokens after {alone:.3f} s, with the tree {shared:.3f} s: '
-      f'{alone / shared:.2f}x sooner; {equal} of {len(prompts)} equal',
+      f'{alone / shared:.2f}x sooner; {equal} of {len(before)} equal',
       flush=True,
     )
-  if len(turns) > 1:
+  if len(tokens[True]) > 1:
     alone, shared = (
       statistics.median(sum(found[1:]) for found in times[share]) for share in (False, True)
     )
-    print(f'turns 2 to {len(turns)} together: {alone / shared:.2f}x sooner')
+    print(f'turns 2 to {len(tokens[True])} together: {alone / shared:.2f}x sooner')
 
 
 def prefix_case(args) -> None:
@@ -235,26 +260,28 @@ def prefix_case(args) -> None:
   begins = [ids(500), ids(500)]
   count = args.requests
   prompts = [[*begins[i % 2], *ids(int(rng.integers(4, 64)))] for i in range(count)]
-  beginnings_case(
-    args,
-    [prompts],
-    f'{count} prompts of two families that share 500 tokens; median of {args.repeats}',
-  )
+
+  def turns() -> Turns:
+    yield prompts
+
+  what = f'{count} prompts of two families that share 500 tokens; median of {args.repeats}'
+  beginnings_case(args, turns, 1, max(map(len, prompts)), what)
 
 
 def chat_case(args) -> None:
-  """Time chats of four turns of 256 tokens, with replies of 16."""
-  rng = np.random.default_rng(0)
-  ids = lambda n: rng.integers(3, args.vocabulary, n).tolist()
-  chats: list[list[int]] = [[] for _ in range(32)]
-  turns = []
-  for _ in range(4):
-    chats = [[*chat, *ids(256)] for chat in chats]
-    turns.append(chats)
-    chats = [[*chat, *ids(16)] for chat in chats]
-  beginnings_case(
-    args, turns, f'32 chats, 4 turns of 256 tokens, replies of 16; median of {args.repeats}'
-  )
+  """Time chats of four turns; each turn continues the reply before it."""
+  turn, new = args.turn, args.reply
+
+  def turns() -> Turns:
+    rng = np.random.default_rng(0)
+    chats: list[list[int]] = [[] for _ in range(32)]
+    for _ in range(4):
+      chats = [[*chat, *rng.integers(3, args.vocabulary, turn).tolist()] for chat in chats]
+      replies = yield chats
+      chats = [[*chat, *reply] for chat, reply in zip(chats, replies)]
+
+  what = f'32 chats, 4 turns of {turn} tokens, replies of {new}; median of {args.repeats}'
+  beginnings_case(args, turns, new, 4 * (turn + new), what)
 
 
 def stock_case(args, engine, requests, new, fast) -> None:
@@ -277,6 +304,8 @@ def main():
   parser.add_argument('--slots', type=int, default=32)
   parser.add_argument('--prompt', type=int, default=512, help='the longest prompt')
   parser.add_argument('--generate', type=int, default=256, help='the longest output')
+  parser.add_argument('--turn', type=int, default=256, help='tokens of a turn of a chat')
+  parser.add_argument('--reply', type=int, default=16, help='tokens of a reply in a chat')
   parser.add_argument('--chunk', type=int, default=256)
   parser.add_argument('--budget', type=int, default=2048)
   parser.add_argument('--layers', type=int, default=6)

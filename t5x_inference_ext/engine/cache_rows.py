@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from t5x_inference_ext.model import cache as kv_cache
-from t5x_inference_ext.model.cache import KVCache
+from t5x_inference_ext.model.cache import KeysValues, KVCache, RowIndex
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.pages import PagedCache, copy_pages
 from t5x_inference_ext.model.transformer import Model
@@ -50,7 +50,7 @@ def scatter_row(
 
 def gather_cache_row(model: Model, cache: KVCache, weights: Weights, row: jax.Array) -> KVCache:
   """Return one row of a cache, as a cache of one row. Heads stay split as in `cache`."""
-  axes, spec, row_spec = _specs(model, cache, weights)
+  axes, spec, row_spec = specs(model, cache, weights)
 
   def run(cache: KVCache, row: jax.Array) -> KVCache:
     local, mine = local_index(cache.lengths.shape[0], axes, row)
@@ -89,7 +89,7 @@ def insert_row(
   """
   sharding = model.cache_sharding(cache.lengths.shape[0])
   axes, spec = sharding.attention_rows, model.cache_spec(sharding, weights, cache)
-  _, _, row_spec = _specs(model, cache, weights)
+  _, _, row_spec = specs(model, cache, weights)
   copied = pages if shared_ids is None else shared_ids
 
   def run(
@@ -127,7 +127,27 @@ def insert_row(
   )
 
 
-def _specs(model: Model, cache: KVCache | PagedCache, weights: Weights) -> tuple[Axes, Any, Any]:
+def read_block(kv: KeysValues, row: RowIndex, start: RowIndex, size: int) -> KeysValues:
+  """Return `size` positions of one row, block or page on this shard: [.., 1, K, size, Q]."""
+
+  def read(x: jax.Array) -> jax.Array:
+    lead = x.ndim - 4
+    shape = (*x.shape[:lead], 1, x.shape[-3], size, x.shape[-1])
+    return lax.dynamic_slice(x, (*(0,) * lead, row, 0, start, 0), shape)
+
+  return jax.tree.map(read, kv)
+
+
+def write_block(kv: KeysValues, new: KeysValues, row: RowIndex, start: RowIndex) -> KeysValues:
+  """Write the result of `read_block` to a row or block on this shard, from position `start` on."""
+
+  def write(x: jax.Array, new: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice(x, new, (*(0,) * (x.ndim - 4), row, 0, start, 0))
+
+  return jax.tree.map(write, kv, new)
+
+
+def specs(model: Model, cache: KVCache | PagedCache, weights: Weights) -> tuple[Axes, Any, Any]:
   """Return the axes that split a cache's rows, and PartitionSpecs of the cache and of one row."""
   sharding = model.cache_sharding(cache.lengths.shape[0])
   spec = model.cache_spec(sharding, weights)

@@ -92,6 +92,7 @@ class Conversation:
       max_new_tokens,
       sampling,
       end_ids=self._end_ids,
+      cache_reply=True,
       adapter=self._adapter,
     )
     stream = self._streams.open([request])

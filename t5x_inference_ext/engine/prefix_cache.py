@@ -1,17 +1,25 @@
-"""Prefix cache: keys and values of earlier prompts; a tree on the host, blocks on the devices."""
+"""Prefix cache: keys and values of earlier prompts and replies.
+
+The tree is on the host, the blocks are on the devices.
+"""
 
 from collections.abc import Hashable, Sequence
+import functools
 
+from t5x_inference_ext.engine.adapters import salt_of
 from t5x_inference_ext.engine.executor import Executor
+from t5x_inference_ext.engine.page_pool import PagePool
 from t5x_inference_ext.engine.prefix_store import block_copies
 from t5x_inference_ext.engine.prefix_tree import Node, PrefixTree
+from t5x_inference_ext.engine.reply_blocks import REPLY_BLOCKS, reply_blocks
+from t5x_inference_ext.engine.rows import Row
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.stats import PrefixStats
 from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
 
 
 class PrefixCache:
-  """Keeps whole blocks of prompts, and copies them into later prompts with an equal prefix.
+  """Keeps whole blocks of prompts and replies; copies them into later prompts with an equal prefix.
 
   Args:
     executor: Holds the blocks, and the prompts.
@@ -22,7 +30,8 @@ class PrefixCache:
     self._executor = executor
     self.tree = PrefixTree(executor.blocks, config.block_size)
     self._most = config.block_copies
-    self._unsaved: list[tuple[int, int, int]] = []  # copies that the next `start` makes first
+    # (row of the prompts, node) of blocks that the next `start` saves first.
+    self._unsaved: list[tuple[int, Node]] = []
 
   @property
   def stats(self) -> PrefixStats:
@@ -47,7 +56,9 @@ class PrefixCache:
       paths: For each prompt, in order, the nodes from `match`.
     """
     loads = [(row, n.depth, n.block) for row, path in enumerate(paths) for n in path]
-    copies = block_copies(self._unsaved, self._most), block_copies(loads, self._most)
+    # A reply that was saved meanwhile may have evicted some nodes.
+    saves = [(row, n.depth, n.block) for row, n in self._unsaved if n.block >= 0]
+    copies = block_copies(saves, self._most), block_copies(loads, self._most)
     self._executor.start_prefill(copies)
     self._unsaved = []
 
@@ -60,11 +71,34 @@ class PrefixCache:
       prompts: For each prompt of the group, in order, its tokens and its salt.
     """
     self._unsaved = [
-      (row, node.depth, node.block)
-      for row, prompt in enumerate(prompts)
-      for node in self.tree.extend(*prompt)
+      (row, node) for row, prompt in enumerate(prompts) for node in self.tree.extend(*prompt)
     ]
 
+  def save_reply(self, row: Row, slot: int, pool: PagePool) -> None:
+    """Add the whole blocks of a row's prompt and reply that are not stored yet, as many as fit.
+
+    Nothing is added for a row that has failed, or if the blocks of pages that it shares with other
+    rows were evicted.
+
+    Args:
+      row: The row.
+      slot: Its slot.
+      pool: Has the row's pages.
+    """
+    size, page, first = self.tree.block_size, pool.page_size, pool.first(slot)
+    prompt = row.cached_tokens, salt_of(row.handle.request)
+    if row.finish == 'error' or len(self.tree.find(*prompt)) * size < first * page:
+      return
+    pages = pool.table[slot].tolist()
+    copies = [
+      (pages[node.depth * size // page], node.depth * size % page, node.block)
+      for node in self.tree.extend(*prompt)
+    ]
+    for i in range(0, len(copies), REPLY_BLOCKS):
+      self._executor.save_reply(slot, reply_blocks(copies[i : i + REPLY_BLOCKS]))
+
   def warm_up(self, done: list[CompiledProgram]) -> None:
-    """Compile the program by running it with zero copies."""
+    """Compile the programs by running them with zero copies."""
     timed_run(done, 'start_with_blocks', lambda: self.start([]), self._executor.wait)
+    save = functools.partial(self._executor.save_reply, 0, reply_blocks([]))
+    timed_run(done, 'save_reply', save, self._executor.wait)

@@ -24,7 +24,7 @@ import numpy as np
 from t5x_inference_ext.engine import cache_rows
 from t5x_inference_ext.engine.prompts import PrefillState, start_prefill
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.model.cache import KeysValues, KVCache, LayersKV
+from t5x_inference_ext.model.cache import KVCache, LayersKV
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.quantization.kv import KV, empty_kv, tile_positions
@@ -115,9 +115,8 @@ def empty_store(
   def layers() -> LayersKV:
     return zeros() if weights.stacked else tuple(zeros() for _ in range(config.num_layers))
 
-  _, _, store_spec = _specs(model, weights, rows)
   store = PrefixStore(layers(), layers(), jnp.zeros(blocks, bool))
-  return _constrained(model, store, store_spec)
+  return constrained(model, store, store_spec(model, weights, rows))
 
 
 def bytes_per_block(model: Model, weights: Weights, rows: int, block_size: int) -> int:
@@ -130,12 +129,12 @@ def bytes_per_block(model: Model, weights: Weights, rows: int, block_size: int) 
     block_size: P, positions of a block.
   """
   make = functools.partial(empty_store, model, rows=rows, blocks=1, block_size=block_size)
-  _, _, spec = _specs(model, weights, rows)
 
   def layer_bytes(spec: P, arrays: Any) -> int:  # `arrays`: a layer's keys, or values
     local = NamedSharding(model.mesh, spec).shard_shape
     return sum(math.prod(local(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
+  spec = store_spec(model, weights, rows)
   sizes = jax.tree.map(layer_bytes, spec, jax.eval_shape(make, weights))
   return sum(jax.tree.leaves(sizes))
 
@@ -181,7 +180,8 @@ def load_blocks(
   Raises:
     RequestError: A prompt has less room than a block.
   """
-  axes, spec, store_spec = _specs(model, weights, len(prompts.logits))
+  axes, spec = _prompt_spec(model, weights, len(prompts.logits))
+  blocks_spec = store_spec(model, weights, len(prompts.logits))
   size = _block_size(prompts, store)
 
   def run(cache: KVCache, store: PrefixStore, copies: BlockCopies) -> KVCache:
@@ -191,21 +191,21 @@ def load_blocks(
       row, mine = cache_rows.local_index(rows, axes, copies.rows[i])
       # The multiplication comes last, so that the compiler can see that the start is tile-aligned.
       start = copies.indices[i] * size
-      old = _read((cache.keys, cache.values), row, start, size)
-      new = _read((store.keys, store.values), copies.blocks[i], 0, size)
+      old = cache_rows.read_block((cache.keys, cache.values), row, start, size)
+      new = cache_rows.read_block((store.keys, store.values), copies.blocks[i], 0, size)
       # A shard without the row writes back its old values, so that the update stays in place.
       new = jax.tree.map(lambda x, old: jnp.where(mine, x, old), new, old)
-      keys, values = _write((cache.keys, cache.values), new, row, start)
+      keys, values = cache_rows.write_block((cache.keys, cache.values), new, row, start)
       length = jnp.where(mine, start + size, cache.lengths[row])
       return KVCache(keys, values, cache.lengths.at[row].set(length))
 
     return lax.fori_loop(0, copies.count, load, cache)
 
-  inputs = spec, store_spec, P()
+  inputs = spec, blocks_spec, P()
   cache = cache_rows.per_shard(model, run, inputs, spec)(prompts.cache, store, copies)
   meant = jnp.arange(copies.rows.shape[0]) < copies.count
   broken = prompts.broken.at[copies.rows].max(meant & store.broken[copies.blocks])
-  return dataclasses.replace(prompts, cache=_constrained(model, cache, spec), broken=broken)
+  return dataclasses.replace(prompts, cache=constrained(model, cache, spec), broken=broken)
 
 
 def save_blocks(
@@ -223,7 +223,8 @@ def save_blocks(
   Raises:
     RequestError: A prompt has less room than a block.
   """
-  axes, spec, store_spec = _specs(model, weights, len(prompts.logits))
+  axes, spec = _prompt_spec(model, weights, len(prompts.logits))
+  blocks_spec = store_spec(model, weights, len(prompts.logits))
   size = _block_size(prompts, store)
 
   def run(
@@ -233,38 +234,18 @@ def save_blocks(
 
     def save(i: jax.Array, store: PrefixStore) -> PrefixStore:
       row, mine = cache_rows.local_index(rows, axes, copies.rows[i])
-      block = _read((cache.keys, cache.values), row, copies.indices[i] * size, size)
+      block = cache_rows.read_block((cache.keys, cache.values), row, copies.indices[i] * size, size)
       block = jax.tree.map(lambda x: cache_rows.from_owner(x, axes, mine), block)
-      keys, values = _write((store.keys, store.values), block, copies.blocks[i], 0)
+      keys, values = cache_rows.write_block((store.keys, store.values), block, copies.blocks[i], 0)
       broken = store.broken.at[copies.blocks[i]].set(all_broken[copies.rows[i]])
       return PrefixStore(keys, values, broken)
 
     return lax.fori_loop(0, copies.count, save, store)
 
-  inputs = store_spec, spec, P(), P()
-  save_all = cache_rows.per_shard(model, run, inputs, store_spec)
+  inputs = blocks_spec, spec, P(), P()
+  save_all = cache_rows.per_shard(model, run, inputs, blocks_spec)
   store = save_all(store, prompts.cache, prompts.broken, copies)
-  return _constrained(model, store, store_spec)
-
-
-def _read(kv: KeysValues, row: jax.Array, start: jax.Array | int, size: int) -> KeysValues:
-  """Return `size` positions of one row (or block) on this shard: [.., 1, K, size, Q]."""
-
-  def read(x: jax.Array) -> jax.Array:
-    lead = x.ndim - 4
-    shape = (*x.shape[:lead], 1, x.shape[-3], size, x.shape[-1])
-    return lax.dynamic_slice(x, (*(0,) * lead, row, 0, start, 0), shape)
-
-  return jax.tree.map(read, kv)
-
-
-def _write(kv: KeysValues, new: KeysValues, row: jax.Array, start: jax.Array | int) -> KeysValues:
-  """Write the result of `_read` to a row (or block) on this shard, from position `start` on."""
-
-  def write(x: jax.Array, new: jax.Array) -> jax.Array:
-    return lax.dynamic_update_slice(x, new, (*(0,) * (x.ndim - 4), row, 0, start, 0))
-
-  return jax.tree.map(write, kv, new)
+  return constrained(model, store, blocks_spec)
 
 
 def _block_size(prompts: PrefillState, store: PrefixStore) -> int:
@@ -276,22 +257,35 @@ def _block_size(prompts: PrefillState, store: PrefixStore) -> int:
   return store.block_size
 
 
-def _specs(model: Model, weights: Weights, rows: int) -> tuple[Axes, KVCache, PrefixStore]:
-  """Return the mesh axes that split prompt rows, and PartitionSpecs of the prompts and the store.
+def store_spec(model: Model, weights: Weights, rows: int) -> PrefixStore:
+  """Return PartitionSpecs of the store. One stands for all arrays of a layer's keys.
 
-  One spec stands for all arrays of a layer's keys: for int8, both units and scales.
+  Args:
+    model: Decides mesh and layouts.
+    weights: Weights, for their shapes.
+    rows: R, rows of the prompts.
   """
-  sharding = model.prefilling.cache_sharding(rows)
-  spec = model.prefilling.cache_spec(sharding, weights)
+  _, spec = _prompt_spec(model, weights, rows)
 
   def without_rows(spec: P) -> P:
     return P(*spec[:-4], None, *spec[-3:])
 
   kv = jax.tree.map(without_rows, spec.keys, is_leaf=lambda s: isinstance(s, P))
-  return sharding.attention_rows, spec, PrefixStore(kv, kv, P())  # type: ignore[arg-type]
+  return PrefixStore(kv, kv, P())  # type: ignore[arg-type]
 
 
-def _constrained(model: Model, tree: Any, specs: Any) -> Any:
+def _prompt_spec(model: Model, weights: Weights, rows: int) -> tuple[Axes, KVCache]:
+  """Return the mesh axes that split prompt rows, and PartitionSpecs of the prompts' cache.
+
+  One spec stands for all arrays of a layer's keys: for int8, both units and scales.
+  """
+  sharding = model.prefilling.cache_sharding(rows)
+  return sharding.attention_rows, model.prefilling.cache_spec(sharding, weights)
+
+
+def constrained(model: Model, tree: Any, specs: Any) -> Any:
+  """Return a tree of arrays constrained to a tree of PartitionSpecs."""
+
   def constrain(spec: P, x: Any) -> Any:  # x: an array of a layer's keys or values
     return lax.with_sharding_constraint(x, NamedSharding(model.mesh, spec))
 

@@ -20,6 +20,7 @@ from t5x_inference_ext.engine import (
   masked_drafts,
   prefix_store,
   prompts,
+  reply_blocks,
   slot_steps,
   slots,
   static_batch,
@@ -131,6 +132,7 @@ choose_drafted = _compiled(masked_drafts.choose_drafted, static=('drafter',), do
 # The prefix cache (engine.prefix_store).
 empty_store = _compiled(prefix_store.empty_store, static=('rows', 'blocks', 'block_size'))
 start_with_blocks = _compiled(prefix_store.start_with_blocks, donated=('prompts', 'store'))
+save_reply = _compiled(reply_blocks.save_reply, static=('prompt_rows',), donated=('store',))
 
 # A static batch (engine.static_batch).
 STATIC_BATCH_OPTIONS = (

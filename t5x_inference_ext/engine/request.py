@@ -47,6 +47,8 @@ class Request:
       tenant, or whatever else keys and values depend on besides the tokens.
     grammar: Grammar that the new text of each sample must satisfy; None: any text is allowed. Needs
       a scheduler with a vocabulary, and the extra [structured].
+    cache_reply: Whether the prefix cache also keeps the new tokens, for a later prompt that begins
+      with this prompt and its reply, such as the next turn of a chat.
     adapter: Name of a loaded adapter; None: the model itself. The scheduler puts the adapter's soft
       prompt, if it has one, in front of `tokens`.
   """
@@ -61,6 +63,7 @@ class Request:
   top_log_probs: int = 0
   salt: Hashable = None
   grammar: Grammar | None = None
+  cache_reply: bool = False
   adapter: str | None = None
 
 

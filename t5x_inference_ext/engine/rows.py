@@ -90,6 +90,15 @@ class Row:
     """
     return len(self.handle.request.tokens) + new - 1
 
+  @property
+  def cached_tokens(self) -> tuple[int, ...]:
+    """The prompt and those new tokens whose keys and values started programs have computed.
+
+    Tokens that the host has not read are left out, as is the last one of a row that has ended.
+    """
+    known = len(self.tokens) if self.started and not self.finished else len(self.tokens) - 1
+    return (*self.handle.request.tokens, *self.tokens[: max(0, known)])
+
   def add(
     self, tokens: list[int], log_probs: list[float], top: list[TopLogProbs], failed: bool
   ) -> Event:

@@ -12,7 +12,6 @@ follows one request through the scheduler.
 """
 
 import collections
-from collections.abc import Sequence
 import warnings
 
 from t5x_inference_ext.engine.adapters import NO_ADAPTERS, AdapterNames
@@ -22,6 +21,7 @@ from t5x_inference_ext.engine.decoder import Decoder
 from t5x_inference_ext.engine.executor import DeviceExecutor, Executor
 from t5x_inference_ext.engine.grammars import Grammars
 from t5x_inference_ext.engine.inbox import Inbox
+from t5x_inference_ext.engine.open_requests import OpenRequests
 from t5x_inference_ext.engine.prefilling import Prefiller, Prompt
 from t5x_inference_ext.engine.prefix_cache import PrefixCache
 from t5x_inference_ext.engine.request import Event, Handle, Request, RequestState
@@ -76,8 +76,7 @@ class Scheduler:
     self._decoder = Decoder(executor, config, model.config.vocab_size, grammars=grammars)
     self._table = SlotTable(config, executor.shards)
     self._waiting: collections.deque[Prompt] = collections.deque()
-    self._unfinished: dict[int, list[Row]] = {}
-    self._finished = self._preempted = 0
+    self._open, self._preempted = OpenRequests(), 0
 
   @property
   def stats(self) -> SchedulerStats:
@@ -93,14 +92,14 @@ class Scheduler:
     )
 
   @property
-  def rows(self) -> Sequence[Row | None]:
+  def rows(self) -> tuple[Row | None, ...]:
     """The row in each slot, or None."""
     return tuple(self._table.rows)
 
   @property
   def idle(self) -> bool:
     """Whether no request is waiting, being prefilled or being decoded."""
-    return self._inbox.empty and not self._unfinished and not self._decoder.under_way
+    return self._inbox.empty and not self._open and not self._decoder.under_way
 
   @property
   def wanted(self) -> int:
@@ -163,9 +162,10 @@ class Scheduler:
       else:
         steps = 1 if self._rows_wait and self._table.free else self.config.decode_steps
         self._decoder.decode(self._table, steps, self._rows_wait, after)
-      self._free_full_slots()
     # With single steps, the devices run the newest step while the host reads the previous one.
-    self._read(events, leave=leave if self._table.busy else 0)
+    going = any(row is not None and row.least < row.limit for row in self._table.rows)
+    self._read(events, leave=leave if going else 0)
+    self._free_full_slots()
     if events and self.idle:
       for wrong in self.check_books():
         warnings.warn(f'the books of the scheduler do not add up: {wrong}', stacklevel=2)
@@ -178,7 +178,7 @@ class Scheduler:
       self._prefixes.tree if self._prefixes is not None else None,
       rows_wait=self.idle and self._rows_wait,
       rows_decode=self.idle and self._table.busy,
-      requests=(self._inbox.submitted, self._finished, len(self._unfinished)),
+      requests=(self._inbox.submitted, self._open.finished, len(self._open)),
       queued=self._inbox.submissions,
     )
 
@@ -191,14 +191,13 @@ class Scheduler:
         if request.grammar and not handle.matchers:  # another process checked it
           handle.matchers = self._grammars.compiled(request.grammar, len(request.seeds))
         rows = rows_of(handle, self.config.end_ids, self._vocabulary, self.adapters)
-        self._unfinished[handle.index] = rows
+        self._open.add(rows)
         self._waiting.append(Prompt(request.tokens, rows))
       else:
-        for row in self._unfinished.get(command.number, []):
-          if not row.finished:
-            row.end('cancelled')
-            events.append(Event(command.number, row.sample, [], [], [], 'cancelled'))
-            self._forget(row)
+        for row in self._open.unfinished_rows(command.number):
+          row.end('cancelled')
+          events.append(Event(command.number, row.sample, [], [], [], 'cancelled'))
+          self._open.close(row)
     if events:
       self._prefiller.drop()
       self._waiting = collections.deque(p for p in self._waiting if not p.finished)
@@ -267,8 +266,7 @@ class Scheduler:
 
   def _preempt(self, slot: int) -> None:
     """Move a row out of its slot to the front of the queue; it will be prefilled again."""
-    row = self._table.rows[slot]
-    assert row is not None
+    row = self._table.row_in(slot)
     self._table.leave(slot)
     row.handle.state = RequestState.WAITING
     self._preempted += 1
@@ -277,7 +275,16 @@ class Scheduler:
   def _free_full_slots(self) -> None:
     """Free the slots of rows whose last token a started program will produce."""
     if self.config.decode_steps == 1:
-      self._table.leave_all(lambda row: row.least >= row.limit)
+      for slot, row in enumerate(self._table.rows):
+        if row is not None and row.least >= row.limit:
+          self._leave(slot)
+
+  def _leave(self, slot: int) -> None:
+    """Free a slot; before that, save the row's reply if its request asks for it."""
+    row = self._table.row_in(slot)
+    if row.handle.request.cache_reply and self._prefixes is not None:
+      self._prefixes.save_reply(row, slot, self._table.pool)
+    self._table.leave(slot)
 
   def _read(self, events: list[Event], leave: int) -> None:
     """Read the new tokens of all running programs except the last `leave`; append their events."""
@@ -289,12 +296,5 @@ class Scheduler:
         events.append(row.add(new.tokens, new.log_probs, new.top, new.failed))
       if row.finished:
         if self._table.rows[new.slot] is row:
-          self._table.leave(new.slot)
-        self._forget(row)
-
-  def _forget(self, row: Row) -> None:
-    """Forget a request once all of its rows have ended."""
-    if all(row.handle.finish_reasons):
-      row.handle.state, row.handle.matchers = RequestState.FINISHED, ()
-      del self._unfinished[row.handle.index]
-      self._finished += 1
+          self._leave(new.slot)
+        self._open.close(row)

@@ -45,6 +45,12 @@ class SlotTable:
     """Number of slots without a row."""
     return self.alive.size - int(self.alive.sum())
 
+  def row_in(self, slot: int) -> Row:
+    """Return the row in a slot that holds one."""
+    row = self.rows[slot]
+    assert row is not None
+    return row
+
   def fits(self, length: int) -> bool:
     """Return whether a row of this many cached positions fits into an empty cache."""
     return self.pool.pages_of(length) < self.pool.pages
@@ -146,8 +152,7 @@ class SlotTable:
     return None
 
   def _age(self, slot: int) -> tuple[int, int]:
-    row = self.rows[slot]
-    assert row is not None
+    row = self.row_in(slot)
     return row.handle.index, row.sample
 
   def check(self) -> list[str]:

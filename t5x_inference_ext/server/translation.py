@@ -171,6 +171,7 @@ class Translator:
       top_log_probs=top,
       salt=body.cache_salt,
       grammar=grammar_of(body.response_format),
+      cache_reply=chat,
       adapter=adapter,
     )
 

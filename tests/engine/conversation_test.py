@@ -1,5 +1,5 @@
 """Turns of a chat: the replies are those of one long prompt, and no turn prefills the whole blocks
-that came before it.
+of earlier turns and their replies.
 """
 
 import itertools
@@ -41,10 +41,10 @@ def test_replies_are_those_of_one_long_prompt(mesh, prefill, decode):
     assert reply == wanted.tokens[:new]
     said += reply
     assert chat.tokens == said
-    # BOS and all tokens of the turns so far, without the whole blocks of the turns before.
+    # BOS and all tokens so far, without the whole blocks of earlier turns and their replies.
     prompt = 1 + len(said) - len(reply)
     assert core.stats.prompt_tokens - before == prompt - cached // 32 * 32
-    cached = prompt
+    cached = len(said)  # BOS and all but the last token, which no step has taken
 
 
 def test_a_reply_that_is_not_taken_is_not_said():

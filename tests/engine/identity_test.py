@@ -179,12 +179,22 @@ def mix(rng, grammars, samplings=SAMPLINGS):
     grammar = None
     if grammars and rng.random() < 0.4:
       grammar = [*LANGUAGES][rng.integers(len(LANGUAGES))]
-    requests.append(Request((0, *begin, *own), seeds, limit, sampling, grammar=grammar))
+    keep = {'grammar': grammar, 'cache_reply': bool(rng.random() < 0.6)}
+    requests.append(Request((0, *begin, *own), seeds, limit, sampling, **keep))
   return requests
 
 
+def next_turn(rng, request, reply):
+  """A prompt that continues a reply; None if the two are too long for another."""
+  tokens = *request.tokens, *reply, *rng.integers(3, CONFIG.vocab_size, rng.integers(1, 9)).tolist()
+  return None if len(tokens) > LONGEST else dataclasses.replace(request, tokens=tokens)
+
+
 def served(core: Scheduler, requests, rng):
-  """Serve requests that come late, some of which are cancelled: their rows and finish reasons."""
+  """Serve requests that come late, some of which are cancelled: their rows and finish reasons.
+
+  The next turns of replies in the prefix cache are added to the requests.
+  """
   queue = list(requests)
   handles, cancelled, rows = [], set(), {}
   for _ in range(100000):
@@ -202,6 +212,12 @@ def served(core: Scheduler, requests, rng):
       tokens += event.tokens
       if event.finish:
         finish.append(event.finish)
+        request = requests[event.request - handles[0].index]
+        if request.cache_reply and rng.random() < 0.3 and event.finish in ('eos', 'stop', 'length'):
+          turn = next_turn(rng, request, tokens)
+          if turn is not None:
+            requests.append(turn)
+            queue.append(turn)
   assert core.check_books() == []
   first = handles[0].index
   assert sorted(rows) == [

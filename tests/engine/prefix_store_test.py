@@ -193,7 +193,8 @@ def test_copies_are_in_place_on_tpus(cache, layout):
 
     return jax.tree.map(place, specs, abstract)
 
-  _, cache_specs, store_specs = prefix_store._specs(model, weights, rows)
+  cache_specs = model.prefilling.cache_spec(model.prefilling.cache_sharding(rows), weights)
+  store_specs = prefix_store.store_spec(model, weights, rows)
   prompts = jax.eval_shape(
     functools.partial(states.empty_prefill, model, rows=rows, size=2048), weights
   )
