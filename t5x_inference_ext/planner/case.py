@@ -146,7 +146,7 @@ class PassCase:
   def tensors(self) -> dict[str, PackedTensor]:
     """The weights as packed on the chips, including padding and copies of heads."""
     one_dimensional = self.layout.feedforward == 'ws_1d'
-    return _packed(self.config, one_dimensional, self.mesh, weight_format(self.weights).scaled)
+    return packed_weights(self.config, one_dimensional, self.mesh, self.weights)
 
   @property
   def head(self) -> PackedTensor:
@@ -156,7 +156,8 @@ class PassCase:
   @property
   def weight_bytes(self) -> dict[str, float]:
     """Bytes of a weight element of each array of matrices, by name."""
-    return matrix_bytes(self.tensors, self.weights, 'bfloat16')
+    one_dimensional = self.layout.feedforward == 'ws_1d'
+    return _matrix_bytes(self.config, one_dimensional, self.mesh, self.weights)
 
   @property
   def collectives(self) -> tuple[list[Collective], list[Collective]]:
@@ -201,10 +202,25 @@ class PassCase:
     return axis_sizes(self.mesh)
 
 
+def packed_weights(
+  config: ModelConfig, one_dimensional: bool, mesh: Mesh, weights: str
+) -> dict[str, PackedTensor]:
+  """Return the packed weights, cached: all layouts other than ws_1d share one packing."""
+  return _packed(config, one_dimensional, mesh, weight_format(weights).scaled)
+
+
 @functools.lru_cache(maxsize=256)
 def _packed(
   config: ModelConfig, one_dimensional: bool, mesh: Mesh, scaled: frozenset[str]
 ) -> dict[str, PackedTensor]:
-  """Return the packed weights, cached: all layouts other than ws_1d share one packing."""
   layout = Layout('ws_1d' if one_dimensional else 'ws_2d')
   return packed_tensors(config, layout, axis_sizes(mesh), scaled)
+
+
+@functools.lru_cache(maxsize=256)
+def _matrix_bytes(
+  config: ModelConfig, one_dimensional: bool, mesh: Mesh, weights: str
+) -> dict[str, float]:
+  """Return PassCase.weight_bytes, cached."""
+  tensors = packed_weights(config, one_dimensional, mesh, weights)
+  return matrix_bytes(tensors, weights, 'bfloat16')

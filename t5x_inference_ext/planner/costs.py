@@ -160,7 +160,7 @@ class PassCost:
       self,
       efficiency=efficiency,
       collectives=tuple(
-        dataclasses.replace(c, seconds=c.seconds * slower) for c in self.collectives
+        CollectiveTime(c.collective, c.count, c.seconds * slower) for c in self.collectives
       ),
       parts=parts,
       hidden_seconds=hidden,

@@ -3,11 +3,10 @@
 import dataclasses
 import functools
 import math
-from typing import Any
 
 from t5x_inference_ext.hardware import MAX_ATTENTION_LOGITS
 from t5x_inference_ext.planner.case import ACTIVATION_BYTES, PassCase
-from t5x_inference_ext.planner.work import cache_bytes, stored_bytes
+from t5x_inference_ext.planner.work import cache_bytes, stored_weights
 from t5x_inference_ext.sharding.packing import PackedTensor
 
 _FLOAT32 = 4
@@ -49,25 +48,11 @@ def memory(case: PassCase, positions: int) -> PlannedMemory:
     positions: S, positions of each row that the cache has room for.
   """
   return PlannedMemory(
-    weight_bytes(case),
+    stored_weights(case).bytes,
     cache_bytes(case, positions),
     _working_bytes(case),
     case.machine.chip.usable_bytes,
   )
-
-
-_held: dict[tuple[Any, ...], int] = {}
-
-
-def weight_bytes(case: PassCase) -> int:
-  """Return the bytes on one chip of all stored weights.
-
-  They do not depend on rows or positions, which a search varies, so they are cached.
-  """
-  key = case.config, case.layout.feedforward == 'ws_1d', case.mesh, case.weights
-  if key not in _held:
-    _held[key] = sum(stored_bytes(case, t) for t in case.tensors.values())
-  return _held[key]
 
 
 def _working_bytes(case: PassCase) -> float:

@@ -1,11 +1,18 @@
 """The work of one chip in a pass. It is counted from the packed arrays, so it includes padding."""
 
 import dataclasses
+import functools
+import itertools
 import math
+from typing import NamedTuple
 
-from t5x_inference_ext.planner.case import PassCase
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.planner.case import PassCase, packed_weights
+from t5x_inference_ext.planner.machine import Mesh
+from t5x_inference_ext.planner.network import axis_sizes
 from t5x_inference_ext.quantization.formats import bits_of, stored_size
-from t5x_inference_ext.sharding.packing import PackedTensor, tensor_dtype
+from t5x_inference_ext.sharding.layout import num_shards
+from t5x_inference_ext.sharding.packing import tensor_dtype
 
 # Bytes that move in HBM for each logit of attention, and for each element of a layer's columns and
 # residual stream, in programs compiled for v4. Softmax is four passes over float32 logits:
@@ -54,34 +61,22 @@ def work(case: PassCase) -> PassWork:
   c, p, chips = case.config, case.sharding, case.machine.chips
   tokens = case.batch * case.padded
   gathered = case.size(case.layout.gathered_axes)
-  matrices = sum(math.prod(t.shape) for t in case.tensors.values() if t.kind == 'matrix')
-  head = case.head
-  table = head.shape[0] * c.d_model
-  # Skip tables that are only looked up: few of their rows are read.
-  read = sum(
-    stored_bytes(case, t) * (gathered if t.kind == 'matrix' else 1)
-    for t in case.tensors.values()
-    if t.kind != 'embedding' or t is head
-  )
-  int4_bytes = sum(
-    stored_bytes(case, t) * gathered
-    for t in case.tensors.values()
-    if bits_of(tensor_dtype(t, case.weights, 'bfloat16')) == 4
-  )
+  stored = stored_weights(case)
+  table = case.head.shape[0] * c.d_model
   rows = case.batch / case.size(p.attention_rows)
   positions = case.padded / case.size(p.attention_positions)
   unembedded = tokens if case.phase == 'verify' else case.batch  # else only last positions
   # Two products, 2 FLOPs each per element. Positions that the mask hides are computed, too.
   logits = rows * positions * p.heads.heads * case.seen * c.num_layers
   return PassWork(
-    matmul_flops=2 * tokens * matrices * c.num_layers / chips,
+    matmul_flops=2 * tokens * stored.elements / chips,
     matmul_rows=tokens / gathered,
     logits_flops=2 * unembedded * table / chips,
     logits_rows=unembedded,
     attention_flops=4 * logits * c.d_head,
-    weight_bytes=read,
-    head_bytes=stored_bytes(case, head),
-    unpacking_bytes=int4_bytes * (case.machine.chip.int4_load_bytes / 0.5 - 1),
+    weight_bytes=stored.matrices * gathered + stored.vectors + stored.head,
+    head_bytes=stored.head,
+    unpacking_bytes=stored.int4 * gathered * (case.machine.chip.int4_load_bytes / 0.5 - 1),
     cache_bytes=cache_bytes(case, case.seen),
     softmax_bytes=_PASSES_BYTES * logits,
     elementwise_bytes=_ELEMENT_BYTES * c.num_layers * tokens / gathered * _elements(case),
@@ -99,14 +94,61 @@ def _elements(case: PassCase) -> float:
   return columns / case.size(layout.hidden_axes) + stream / case.size(layout.embed_axes)
 
 
-def stored_bytes(case: PassCase, tensor: PackedTensor) -> int:
-  """Return the bytes on one chip of a weight, in all layers."""
-  dtype = tensor_dtype(tensor, case.weights, 'bfloat16')
-  shards = math.prod(
-    case.size((axes,) if isinstance(axes, str) else axes or ()) for axes in tensor.spec
-  )
-  count = math.prod(tensor.shape) // shards * (case.config.num_layers if tensor.per_layer else 1)
-  return stored_size(count, dtype)
+class StoredWeights(NamedTuple):
+  """The weights of all layers, and the tables.
+
+  Attributes:
+    elements: Elements of the matrices on all chips, padding included.
+    matrices: Bytes of the matrices on one chip.
+    int4: Bytes of those in int4.
+    vectors: Bytes of scales, norms and biases on one chip.
+    head: Bytes of the head on one chip; if it is tied, of the embedding.
+    tables: Bytes of the other tables on one chip. Only few of their rows are read in a pass.
+  """
+
+  elements: int
+  matrices: int
+  int4: int
+  vectors: int
+  head: int
+  tables: int
+
+  @property
+  def bytes(self) -> int:
+    """Bytes on one chip."""
+    return self.matrices + self.vectors + self.head + self.tables
+
+
+def stored_weights(case: PassCase) -> StoredWeights:
+  """Return the sizes of the stored weights, which do not depend on rows, positions or phase."""
+  one_dimensional = case.layout.feedforward == 'ws_1d'
+  return _stored_weights(case.config, one_dimensional, case.mesh, case.weights)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stored_weights(
+  config: ModelConfig, one_dimensional: bool, mesh: Mesh, weights: str
+) -> StoredWeights:
+  tensors, sizes = packed_weights(config, one_dimensional, mesh, weights), axis_sizes(mesh)
+  head = tensors['embedding' if config.tied_head else 'head']
+  elements, found = 0, dict.fromkeys(('matrices', 'int4', 'vectors', 'head', 'tables'), 0)
+  for tensor in tensors.values():
+    split = itertools.chain.from_iterable(
+      (axes,) if isinstance(axes, str) else axes or () for axes in tensor.spec
+    )
+    layers = config.num_layers if tensor.per_layer else 1
+    count = math.prod(tensor.shape) // num_shards(tuple(split), sizes) * layers
+    dtype = tensor_dtype(tensor, weights, 'bfloat16')
+    size = stored_size(count, dtype)
+    if tensor.kind == 'matrix':
+      elements += math.prod(tensor.shape) * config.num_layers
+      found['matrices'] += size
+      found['int4'] += size if bits_of(dtype) == 4 else 0
+    elif tensor is head:
+      found['head'] += size
+    else:
+      found['tables' if tensor.kind == 'embedding' else 'vectors'] += size
+  return StoredWeights(elements, **found)
 
 
 def cache_bytes(case: PassCase, positions: int) -> float:

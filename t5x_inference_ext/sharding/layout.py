@@ -91,12 +91,12 @@ class Layout:
 
   # Stored weights.
 
-  @property
+  @functools.cached_property
   def stored_embed(self) -> Axes:
     """The axes that split E (d_model) in the weights."""
     return () if self.feedforward == 'ws_1d' else ('x',)
 
-  @property
+  @functools.cached_property
   def stored_hidden(self) -> Axes:
     """The axes that split the weights' other dimension: MLP columns, heads, vocabulary."""
     return tuple(a for a in ORDER if a not in self.stored_embed)
@@ -128,7 +128,7 @@ class Layout:
     """The axes that weights are gathered over before use; they split the tokens."""
     return FEEDFORWARD[self.feedforward]
 
-  @property
+  @functools.cached_property
   def embed_axes(self) -> Axes:
     """The axes that split E in products.
 
@@ -137,7 +137,7 @@ class Layout:
     """
     return tuple(a for a in self.stored_embed if a not in self.gathered_axes)
 
-  @property
+  @functools.cached_property
   def hidden_axes(self) -> Axes:
     """The axes that split F in products.
 
@@ -155,7 +155,7 @@ def _parse(text: str) -> Layout:
 
 def num_shards(axes: Axes, mesh: Mapping[str, int]) -> int:
   """Return the number of devices along some axes of a mesh (axis name -> size)."""
-  return math.prod(mesh[a] for a in axes)
+  return math.prod([mesh[a] for a in axes])
 
 
 def shape_text(mesh: Mapping[str, int]) -> str:

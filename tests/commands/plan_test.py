@@ -1,5 +1,6 @@
 """The command: flags and gin, report, files, and errors in one line."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 from t5x_inference_ext import config
 from t5x_inference_ext.commands import infer, precompile
 from t5x_inference_ext.commands import plan as command
-from t5x_inference_ext.planner import choose, drafts
+from t5x_inference_ext.planner import choose, drafts, search
 from t5x_inference_ext.planner.advice import NothingFits
 from t5x_inference_ext.planner.gin_text import gin_text
 from t5x_inference_ext.planner.machine import Machine
@@ -43,6 +44,13 @@ GIN = [
 def platforms(monkeypatch):
   """The command sets it."""
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def plans_are_searched_once():
+  """Many tests ask for the same plans, and a search over all slices takes seconds."""
+  with mock.patch.object(search, 'plans', functools.cache(search.plans)):
+    yield
 
 
 def run(*argv: str) -> int:
