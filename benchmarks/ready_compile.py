@@ -44,6 +44,7 @@ NAMES = {
 WARM_UP = (
   'prefill_chunk',
   'start_with_blocks',
+  'save_reply',
   'insert',
   'decode_steps',
   'decode_logits',
@@ -82,7 +83,7 @@ def compiling(only: Sequence[str], most: int | None, compiled: list[str]) -> Cal
 def _unchanged(name: str, model: Model, arguments: Sequence[Any]) -> Any:
   """Return a program's results without compiling it: its state has the shapes of its argument."""
   state, *rest = arguments
-  if name == 'prefill_chunk':
+  if name in ('prefill_chunk', 'save_reply'):
     return state
   if name == 'start_with_blocks':
     return state, rest[0]

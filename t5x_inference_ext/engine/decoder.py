@@ -2,7 +2,6 @@
 
 import collections
 from collections.abc import Iterator, Sequence
-import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -188,10 +187,9 @@ class Decoder:
 
   def _reads(self, table: SlotTable) -> tuple[int, int]:
     """Return the numbers of own pages and of shared pages that the next step must read."""
-    return (
-      _least(self._config.reads_of_pages(self._executor.shards), table.pool.highest),
-      _least(self._config.shared_reads, table.shared.highest),
-    )
+    own, shared = table.pool.highest, table.shared.highest
+    reads = self._config.step_reads(self._executor.shards)
+    return next(pair for pair in reads if pair[0] >= own and pair[1] >= shared)
 
   def _start_steps(
     self,
@@ -232,9 +230,7 @@ class Decoder:
     ready = ReadyRow(0, Prompt((0,), []), Row(Handle(0, Request((0,))), 0, (), None))
     wait = self._executor.wait
     timed_run(done, 'insert', lambda: self.insert(ready, 0, table, []), wait)
-    shards = self._executor.shards
-    reads = self._config.reads_of_pages(shards), self._config.shared_reads
-    for read, shared in itertools.product(*reads):
+    for read, shared in self._config.step_reads(self._executor.shards):
       timed_run(
         done,
         'decode_steps',
@@ -286,10 +282,6 @@ class Decoder:
     if started.begun is not None and started.prices is not None:
       started.prices.add(now - max(started.begun, self._read_at), np.asarray(work.passes))
     self._read_at = now
-
-
-def _least(sizes: Sequence[int], needed: int) -> int:
-  return next(size for size in sizes if size >= needed)
 
 
 def _most_likely(chosen: ChosenTokens, row: int, count: int, top: int) -> list[TopLogProbs]:

@@ -131,6 +131,17 @@ class SchedulerConfig:
     """Number of shared pages that each decode program reads, ascending."""
     return [0, self.shared_pages] if self.shared_pages else [0]
 
+  def step_reads(self, shards: int) -> list[tuple[int, int]]:
+    """Return the pairs (pages, shared pages) that decode programs read, in ascending order.
+
+    To compile one program less, steps that read shared pages never read the fewest pages.
+    """
+    first, *more = self.reads_of_pages(shards)
+    return [
+      *((first, shared) for shared in (self.shared_reads[:1] if more else self.shared_reads)),
+      *itertools.product(more, self.shared_reads),
+    ]
+
   def logits_reads(self, shards: int) -> list[tuple[int, int]]:
     """Return the pairs (pages, shared pages) that decode programs with grammars read.
 
@@ -182,8 +193,9 @@ class SchedulerConfig:
 
     first, later, reads = self.first_chunks, self.later_chunks, self.prefill_reads[1:]
     pages, shared = self.reads_of_pages(shards), self.shared_reads
-    others = 2  # insert, and start_prefill or start_with_blocks
-    steps = len(pages) * len(shared)
+    # insert, and start_prefill, or start_with_blocks and save_reply
+    others = 3 if self.prefix_bytes else 2
+    steps = len(self.step_reads(shards))
     if grammars:  # decode_logits or verify_drafts, and choose_masked, or make and choose_drafted
       steps += len(self.logits_reads(shards))
       others += 1 if self.speculate is None else 2
@@ -191,7 +203,7 @@ class SchedulerConfig:
     return (
       f'{count}: first chunks of {numbers(first)} tokens, chunks of {numbers(later)} after up to '
       f'{numbers(reads)} positions, decode steps over {numbers(pages)} pages and {numbers(shared)} '
-      f'shared ones, {others} others'
+      f'shared ones ({steps}), {others} others'
     )
 
   def covers(self, other: 'SchedulerConfig') -> bool:

@@ -204,13 +204,10 @@ class _Timer:
     pages, alive, adapters = table.pages(), table.alive.copy(), table.adapters.copy()
     return self._executor.decode_steps(pages, alive, 1, False, read, shared, prices, adapters)
 
-  def _reads(self) -> Iterator[tuple[int, int]]:
-    pages = self._config.reads_of_pages(self._executor.shards)
-    return itertools.product(pages, self._config.shared_reads)
-
   def steps(self) -> Iterator[PricedProgram]:
     """Yield the times of decode steps of all slots, also of those that check whole drafts."""
-    for (read, shared), (kind, width) in itertools.product(self._reads(), enumerate(self._widths)):
+    reads = self._config.step_reads(self._executor.shards)
+    for (read, shared), (kind, width) in itertools.product(reads, enumerate(self._widths)):
       # If one token always follows, every row always has an n-gram draft.
       sampling = SamplingParams(logit_bias=((0, 1e6),)) if width else SamplingParams()
       fill = functools.partial(self._fill, sampling)
@@ -240,7 +237,7 @@ class _Timer:
     """
     if self.shared:
       return PricedProgram('start', {}, 0.0)
-    read, shared = next(self._reads())
+    read, shared = self._config.step_reads(self._executor.shards)[0]
     self._fill()
     found = []
     for _ in range(_CALLS * self._repeats):

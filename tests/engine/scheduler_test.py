@@ -333,6 +333,7 @@ def test_any_request_uses_the_programs_of_warm_up(mesh):
         end_ids=tuple(rng.integers(101, size=rng.integers(5)).tolist()),
         top_log_probs=int(rng.integers(6)),
         grammar=Grammar('regex', '[a-z]+( [0-9]{2})?') if rng.random() < 0.3 else None,
+        cache_reply=bool(rng.random() < 0.5),
       )
     )
   finished(core)
@@ -401,7 +402,7 @@ def test_many_requests_leave_nothing_behind():
     core.step()
   assert core.check_books() == []
   assert {h.state for h in handles} == {RequestState.FINISHED}
-  assert not core._unfinished and not core._waiting
+  assert not len(core._open) and not core._waiting
 
 
 def test_a_config_fits_its_requests():

@@ -99,7 +99,7 @@ def test_every_program_of_a_service_is_measured():
   without_time = {row.program for row in found.programs if not row.seconds}
   assert found.shared and {'start'} <= without_time <= {'start', 'save_blocks', 'wake'}
   sizes = [tuple(r.sizes.values()) for r in found.programs if r.program == 'decode_steps']
-  assert sizes == [(read, shared) for read in config.reads_of_pages(1) for shared in (0, 2)]
+  assert sizes == config.step_reads(1) == [(3, 0), (5, 0), (5, 2)]
   chunks = [tuple(r.sizes.values()) for r in found.programs if r.program == 'prefill_chunk']
   assert chunks == [(16, read) for read in config.prefill_reads]
 
@@ -123,5 +123,5 @@ def test_steps_that_check_drafts_are_measured_and_kept_in_a_file(tmp_path):
   assert PricedService.read(str(path)) == written
   # Every pass checked the drafts that it should, and every draft was right.
   timer._fill(SamplingParams(logit_bias={0: 1e6}))
-  work = timer._executor.fetch(timer._step(*next(timer._reads()), 2)).work
+  work = timer._executor.fetch(timer._step(*config.step_reads(1)[0], 2)).work
   assert work.passes.tolist() == [0, 0, 1] and work.drafted == work.accepted == 8
