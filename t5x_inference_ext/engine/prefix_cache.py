@@ -85,13 +85,13 @@ class PrefixCache:
       slot: Its slot.
       pool: Has the row's pages.
     """
-    size, page, first = self.tree.block_size, pool.page_size, pool.first(slot)
+    blocks = pool.page_size // self.tree.block_size  # of a page
     prompt = row.cached_tokens, salt_of(row.handle.request)
-    if row.finish == 'error' or len(self.tree.find(*prompt)) * size < first * page:
+    if row.finish == 'error' or len(self.tree.find(*prompt)) < pool.first(slot) * blocks:
       return
     pages = pool.table[slot].tolist()
     copies = [
-      (pages[node.depth * size // page], node.depth * size % page, node.block)
+      (pages[node.depth // blocks], node.depth % blocks, node.block)
       for node in self.tree.extend(*prompt)
     ]
     for i in range(0, len(copies), REPLY_BLOCKS):

@@ -31,13 +31,13 @@ class ReplyBlocks(NamedTuple):
 
   Attributes:
     pages: [M] int32. Page of the row that holds the block, numbered on the row's device.
-    starts: [M] int32. Position in that page at which the block begins.
+    indices: [M] int32. Index of the block in that page.
     blocks: [M] int32. Index of the block in the store.
     count: Scalar int32. Number of copies to make: the first `count` entries are valid.
   """
 
   pages: Any
-  starts: Any
+  indices: Any
   blocks: Any
   count: Any
 
@@ -46,12 +46,12 @@ def reply_blocks(copies: Sequence[tuple[int, int, int]]) -> ReplyBlocks:
   """Return the argument of save_reply that makes all copies, at most REPLY_BLOCKS.
 
   Args:
-    copies: (page, start, block) of each copy.
+    copies: (page, index, block) of each copy.
   """
   padded = np.zeros((REPLY_BLOCKS, 3), np.int32)
   padded[: len(copies)] = np.reshape(copies, (-1, 3))
-  pages, starts, blocks = np.ascontiguousarray(padded.T)
-  return ReplyBlocks(pages, starts, blocks, np.int32(len(copies)))
+  pages, indices, blocks = np.ascontiguousarray(padded.T)
+  return ReplyBlocks(pages, indices, blocks, np.int32(len(copies)))
 
 
 def save_reply(
@@ -108,7 +108,8 @@ def _gathered(
     _, mine = cache_rows.local_index(lengths.shape[0], axes, row)
 
     def read(i: jax.Array, found: KeysValues) -> KeysValues:
-      block = cache_rows.read_block(pool, copies.pages[i], copies.starts[i], size)
+      # The multiplication comes last, so that the compiler can see that the start is tile-aligned.
+      block = cache_rows.read_block(pool, copies.pages[i], copies.indices[i] * size, size)
       return cache_rows.write_block(found, block, 0, i * size)
 
     def empty(x: jax.Array) -> jax.Array:

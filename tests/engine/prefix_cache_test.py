@@ -24,7 +24,7 @@ class Recorder:
     )
 
   def save_reply(self, slot, copies):
-    found = [*zip(copies.pages.tolist(), copies.starts.tolist(), copies.blocks.tolist())]
+    found = [*zip(copies.pages.tolist(), copies.indices.tolist(), copies.blocks.tolist())]
     self.replies.append((slot, found[: int(copies.count)]))
 
 
@@ -52,7 +52,7 @@ def test_the_whole_blocks_of_a_reply_are_copied_from_its_pages(pool):
   row = row_of(range(40), range(40, 100 + 29), pool)  # 129 tokens, of which the last is not cached
   cache.save_reply(row, 1, pool)
   # Block 0 is a prompt's. Pages of 64 positions hold two blocks; the row's pages are 2, 3 and 4.
-  assert executor.replies == [(1, [(2, 32, 1), (3, 0, 2), (3, 32, 3)])]
+  assert executor.replies == [(1, [(2, 1, 1), (3, 0, 2), (3, 1, 3)])]
   assert [n.block for n in cache.match(range(200), None)] == [0, 1, 2, 3]
   cache.save_reply(row, 1, pool)
   assert len(executor.replies) == 1
@@ -87,7 +87,7 @@ def test_blocks_in_shared_pages_are_not_copied_from_the_row(pool):
   assert not executor.replies and not cache.tree.used
   cache.save([(range(128), None)])
   cache.save_reply(row, 1, pool)
-  assert executor.replies == [(1, [(1, 0, 4), (1, 32, 5)])]
+  assert executor.replies == [(1, [(1, 0, 4), (1, 1, 5)])]
 
 
 def test_a_block_that_a_reply_has_taken_is_not_written_by_the_prompt_it_was_for(pool):
