@@ -353,7 +353,7 @@ def test_batching_changes_no_row(complete):
   rows, out = complete(prompts, *flags, '--prefill_chunk=16', '--prefill_budget=1')
   assert (
     'batch: 4 rows, refilled as they end' in out
-    and 'programs, at most 6: first chunks of 16 tokens' in out
+    and 'programs, at most 7: first chunks of 16 tokens' in out
   )
   assert [{**r, 'score': 0} for r in rows] == [{**r, 'score': 0} for r in static]
   assert [r['score'] for r in rows] == pytest.approx([r['score'] for r in static], rel=1e-5)

@@ -27,13 +27,21 @@ from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.speculation import Speculation
 from tests import memory, reference
 from tests.engine import identity_test
-from tests.engine.identity_test import CONFIG, EOS, LENGTH, SAMPLINGS, TENSORS
+from tests.engine.identity_test import BLOCK, CONFIG, EOS, LENGTH, SAMPLINGS, TENSORS
 
 pytestmark = pytest.mark.usefixtures('quick_programs')
 MOST = 4
 FIRST, LAST = map(int, f'0-{os.environ.get("DRAFT_MIXES", 8)}'.split('-')[-2:])
 MIXES = LAST - FIRST
-SIZES = dict(slots=5, prefill_rows=2, prefill_chunk=16, pages=6, page_size=32, page_reads=1)
+SIZES = dict(
+  slots=5,
+  prefill_rows=2,
+  prefill_chunk=16,
+  pages=6,
+  page_size=32,
+  page_reads=1,
+  prefix_bytes=8 * BLOCK,
+)
 # Prices of steps that check none, two tokens and all four: the cheap ones run.
 PRICES = ((1.0, 1.05, 1.1), (100.0, 1.0, 100.0), (100.0, 100.0, 1.0))
 PLAIN = tuple(s for s in SAMPLINGS if s in (SamplingParams(), SamplingParams(0.7)))
@@ -157,13 +165,14 @@ def test_random_mixes_with_drafts_are_identical_to_one_at_a_time(name, monkeypat
   stats = core.stats
   print(
     f'{name}: {rows} rows, {len(margins)} differ ({len(margins) / rows:.2%}), at margins up to '
-    f'{max(margins, default=0)}; {stats.preempted} preemptions; {stats.drafts}; {constrained} rows '
+    f'{max(margins, default=0)}; {stats.preempted} preemptions, '
+    f'{stats.prefixes.hits} prefix hits; {stats.drafts}; {constrained} rows '
     f'with grammars: {sum(counts)} tokens in {len(counts)} steps, {len(forced)} drafts, '
     f'{sum(forced)} of them forced'
   )
   if kind.grammars:
     assert constrained > MIXES and 0 < sum(forced) < len(forced) - MIXES
     assert sum(counts) > 1.1 * len(counts)
-  assert rows > 3 * MIXES and stats.preempted > MIXES / 6
+  assert rows > 3 * MIXES and stats.preempted >= MIXES / 8 and stats.prefixes.hits > MIXES / 2
   assert len(margins) <= rows / 100 or kind.dtype == 'bfloat16'
   assert stats.drafts.accepted > 4 * MIXES and stats.drafts.tokens_per_step > 1.1
