@@ -1,7 +1,7 @@
 """Slot refill: a row's tokens are those it has alone, whatever else runs beside it, and on whatever
 mesh; also when it comes late, is preempted, follows a cached beginning, or has a grammar.
 
-IDENTITY_MIXES=300 runs so many mixes, in place of 72. For mixes with adapters and with drafts see
+IDENTITY_MIXES=300 runs so many mixes, in place of 48. For mixes with adapters and with drafts see
 adapters_test.py and draft_mixes_test.py.
 """
 
@@ -68,14 +68,14 @@ KINDS = [
     'ws_2d/batch',
     'ws_2d/batch',
     'int8',
-    dict(slots=5, prefill_rows=2, prefill_chunk=16, pages=7, prefix_bytes=0),
+    dict(slots=5, prefill_rows=2, prefill_chunk=16, pages=6, prefix_bytes=0),
   ),
   (
     '2x2x2',
     'wg_xyz/batch',
     'ws_2d/batch',
     None,
-    dict(slots=4, prefill_rows=2, prefill_chunk=16, pages=7, decode_steps=3, shared_pages=3),
+    dict(slots=4, prefill_rows=2, prefill_chunk=16, pages=6, decode_steps=3, shared_pages=3),
   ),
   (
     '1x2x2',
@@ -88,7 +88,7 @@ KINDS = [
 ]
 # Grammars take programs of their own, and so time, in each kind.
 WITH_GRAMMARS = (0, 1, 2)
-MIXES = int(os.environ.get('IDENTITY_MIXES', 72))  # minutes, most of them compilations
+MIXES = int(os.environ.get('IDENTITY_MIXES', 48))  # minutes, most of them compilations
 BFLOAT16_MIXES = 20
 
 
@@ -323,7 +323,7 @@ def test_random_mixes_are_identical_to_one_at_a_time():
     f'{hits} prefix hits, {evictions} evictions; {ties} differ, at near ties'
   )
   assert rows > 3 * MIXES and ties <= rows / 100
-  assert ended_early > MIXES / 6 and preempted > 3 and hits > MIXES / 3 and evictions > MIXES / 6
+  assert ended_early > MIXES / 6 and preempted > MIXES / 24 and hits > MIXES / 3 and evictions > MIXES / 6
   assert constrained > MIXES / 2 and satisfied > MIXES / 8
 
 
