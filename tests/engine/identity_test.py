@@ -323,7 +323,12 @@ def test_random_mixes_are_identical_to_one_at_a_time():
     f'{hits} prefix hits, {evictions} evictions; {ties} differ, at near ties'
   )
   assert rows > 3 * MIXES and ties <= rows / 100
-  assert ended_early > MIXES / 6 and preempted > MIXES / 24 and hits > MIXES / 3 and evictions > MIXES / 6
+  assert (
+    ended_early > MIXES / 6
+    and preempted > MIXES / 24
+    and hits > MIXES / 3
+    and evictions > MIXES / 6
+  )
   assert constrained > MIXES / 2 and satisfied > MIXES / 8
 
 
