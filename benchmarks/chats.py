@@ -88,7 +88,7 @@ def main() -> None:
   messages = [json.loads(line)['chat'] for line in lines]
   engine = Engine.load(args.model, mesh='1x1x1', dtype=args.dtype)
   print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}, {args}', flush=True)
-  config = scheduler_config.config_for(engine.model, [], slots=8, max_length=2048)
+  config = scheduler_config.config_for(engine.model, [], slots=1, max_length=2048)
   vocabulary = engine.checkpoint.vocabulary
   cores = {
     keep: Scheduler(engine.model, engine.weights, config, vocabulary=vocabulary)
