@@ -84,6 +84,11 @@ class TestRequests:
     assert request.end_ids == (1,) and request.stop_texts == ('a', 'b') and request.salt == 'me'
     assert _request(_translator(), [0], ignore_eos=True).end_ids == ()
 
+  def test_the_replies_of_chats_are_kept_for_their_next_turns(self):
+    chat = ChatBody(messages=[{'role': 'user'}])
+    assert _translator().request(chat, [0, 5], 0, 'messages', 0).cache_reply
+    assert not _request(_translator(), [0]).cache_reply
+
   def test_what_is_not_given_is_as_the_checkpoint_recommends(self):
     defaults = {'temperature': 0.2, 'top_k': 5}
     translator = _translator(TextSettings('bytes', generation_defaults=defaults))
