@@ -138,7 +138,7 @@ def test_a_token_that_differs_is_told(replay, receipt):
 
 def test_a_receipt_tells_every_field_that_chooses_tokens():
   fields = {field.name for field in dataclasses.fields(Request)}
-  assert fields == {*TOLD, 'text', 'top_log_probs', 'salt'}
+  assert fields == {*TOLD, 'text', 'top_log_probs', 'salt', 'cache_reply'}
 
 
 @pytest.fixture(scope='module')
