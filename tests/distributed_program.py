@@ -96,7 +96,14 @@ def core_rows(process: str) -> tuple[dict[str, list], int]:
   free = np.ones(1 + len(verify_widths(drafts.most)), np.float32)
   core._decoder._prices = mock.Mock(tries_plain=False, next=lambda: free)
   late = [
-    Request((0, *prompt), (i,), limit, SamplingParams(0.7), grammar=GRAMMAR if i == 3 else None)
+    Request(
+      (0, *prompt),
+      (i,),
+      limit,
+      SamplingParams(0.7),
+      grammar=GRAMMAR if i == 3 else None,
+      cache_reply=True,
+    )
     for i, (prompt, limit) in enumerate(zip(CORE_PROMPTS, CORE_LIMITS))
   ]
   rows: dict[str, list] = {}
@@ -115,6 +122,7 @@ def core_rows(process: str) -> tuple[dict[str, list], int]:
       rows.setdefault(str(event.request), []).extend([*event.tokens, event.finish])
     steps += 1
   found = {name: [x for x in row if x is not None] for name, row in rows.items()}
+  assert core._prefixes is not None and core._prefixes.tree.used  # replies, too, are kept
   return found, core.stats.drafts.drafted
 
 
