@@ -40,6 +40,14 @@ class Turn(NamedTuple):
   length: int
 
 
+def chat_tokens(engine: Engine, messages: list[dict[str, str]]) -> tuple[int, ...]:
+  """Return the tokens of a chat as the model's template writes it, BOS included."""
+  text, vocabulary = engine.checkpoint.text, engine.checkpoint.vocabulary
+  name = lambda token: '' if token is None else vocabulary.piece(token, special=True).decode()
+  names = {'bos_token': name(text.bos_id), 'eos_token': name(text.end_ids[0])}
+  return tuple(vocabulary.encode(text.chat.render(messages, **names)))
+
+
 def chat(
   engine: Engine, core: Scheduler, messages: list[str], new: int, salt: int, keep: bool
 ) -> list[Turn]:
@@ -53,13 +61,10 @@ def chat(
     salt: Number of the chat.
     keep: Whether replies stay in the prefix cache.
   """
-  text, vocabulary = engine.checkpoint.text, engine.checkpoint.vocabulary
-  name = lambda token: '' if token is None else vocabulary.piece(token, special=True).decode()
-  names = {'bos_token': name(text.bos_id), 'eos_token': name(text.end_ids[0])}
   said, turns = [], []
   for message in messages:
     said.append({'role': 'user', 'content': message})
-    tokens = tuple(vocabulary.encode(text.chat.render(said, **names)))
+    tokens = chat_tokens(engine, said)
     ends = tuple(engine.checkpoint.end_ids)
     request = Request(tokens, limit=new, end_ids=ends, text=True, salt=salt, cache_reply=keep)
     before, start, first, answer = core.stats.prompt_tokens, time.perf_counter(), 0.0, ''

@@ -35,6 +35,7 @@ import statistics
 
 import jax
 
+from benchmarks.chats import chat_tokens
 from benchmarks.draft_sides import Side
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.request import Request
@@ -65,17 +66,13 @@ def read_requests(
   engine: Engine, path: pathlib.Path, limit: int, temperature: float, copies: int = 1
 ) -> list[Request]:
   """Return `copies` requests for each line of a file, with different seeds."""
-  text, vocabulary = engine.checkpoint.text, engine.checkpoint.vocabulary
-  name = lambda token: '' if token is None else vocabulary.piece(token, special=True).decode()
   requests, sampling = [], SamplingParams(temperature)
   for i, line in enumerate(path.read_text(encoding='utf-8').splitlines() * copies):
     fields = json.loads(line)
     if 'chat' in fields:
-      names = {'bos_token': name(text.bos_id), 'eos_token': name(text.end_ids[0])}
-      rendered = text.chat.render([{'role': 'user', 'content': fields['chat']}], **names)
-      tokens = tuple(vocabulary.encode(rendered))
+      tokens = chat_tokens(engine, [{'role': 'user', 'content': fields['chat']}])
     else:
-      tokens = (*engine.bos, *vocabulary.encode(fields['prompt']))
+      tokens = (*engine.bos, *engine.checkpoint.vocabulary.encode(fields['prompt']))
     ends = engine.checkpoint.end_ids
     requests.append(Request(tokens, (i,), limit, sampling, end_ids=tuple(ends)))
   return requests

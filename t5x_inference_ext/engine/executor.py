@@ -14,7 +14,6 @@ from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine.open_drafter import Drafters, OpenDrafter
 from t5x_inference_ext.engine.prefix_store import BlockCopies, blocks_for, bytes_per_block
 from t5x_inference_ext.engine.prompts import prompt_room
-from t5x_inference_ext.engine.reply_blocks import ReplyBlocks
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_params import slot_row
@@ -84,7 +83,7 @@ class Executor(Protocol):
     With prices, steps may check drafts. See speculative_steps.speculative_steps.
     """
 
-  def save_reply(self, slot: int, copies: ReplyBlocks) -> None:
+  def save_reply(self, slot: int, copies: BlockCopies) -> None:
     """Copy blocks of a slot's row to the prefix store. See reply_blocks.save_reply."""
 
   def fetch(self, output: StepsOutput) -> StepsOutput:
@@ -217,7 +216,7 @@ class DeviceExecutor:
     drafts = prices, self.draft_weights
     return self.on_slots(programs.speculative_steps, *state, *drafts, drafter=self.drafter, **sizes)
 
-  def save_reply(self, slot: int, copies: ReplyBlocks) -> None:
+  def save_reply(self, slot: int, copies: BlockCopies) -> None:
     """Copy blocks of a slot's row to the prefix store."""
     self._store = programs.save_reply(
       self._model,

@@ -11,7 +11,7 @@ from t5x_inference_ext.engine.executor import Executor
 from t5x_inference_ext.engine.page_pool import PagePool
 from t5x_inference_ext.engine.prefix_store import block_copies
 from t5x_inference_ext.engine.prefix_tree import Node, PrefixTree
-from t5x_inference_ext.engine.reply_blocks import REPLY_BLOCKS, reply_blocks
+from t5x_inference_ext.engine.reply_blocks import REPLY_BLOCKS
 from t5x_inference_ext.engine.rows import Row
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.stats import PrefixStats
@@ -95,10 +95,10 @@ class PrefixCache:
       for node in self.tree.extend(*prompt)
     ]
     for i in range(0, len(copies), REPLY_BLOCKS):
-      self._executor.save_reply(slot, reply_blocks(copies[i : i + REPLY_BLOCKS]))
+      self._executor.save_reply(slot, block_copies(copies[i : i + REPLY_BLOCKS], REPLY_BLOCKS))
 
   def warm_up(self, done: list[CompiledProgram]) -> None:
     """Compile the programs by running them with zero copies."""
     timed_run(done, 'start_with_blocks', lambda: self.start([]), self._executor.wait)
-    save = functools.partial(self._executor.save_reply, 0, reply_blocks([]))
+    save = functools.partial(self._executor.save_reply, 0, block_copies([], REPLY_BLOCKS))
     timed_run(done, 'save_reply', save, self._executor.wait)

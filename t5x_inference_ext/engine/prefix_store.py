@@ -56,11 +56,12 @@ class PrefixStore:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockCopies:
-  """Up to M blocks to copy between prompts' rows and the store.
+  """Up to M blocks to copy between rows and the store.
 
   Attributes:
-    rows: [M] int32. Index of the prompt's row in the prefill state.
-    indices: [M] int32. Index of the block in the prompt: it begins at position `index` * P.
+    rows: [M] int32. Index of the prompt's row in the prefill state; for a reply, of the page,
+      numbered on its device.
+    indices: [M] int32. Index of the block in the row or page: it begins at position `index` * P.
     blocks: [M] int32. Index of the block in the store.
     count: Scalar int32. Number of copies to make: the first `count` entries are valid.
   """
@@ -72,7 +73,7 @@ class BlockCopies:
 
 
 def block_copies(copies: Sequence[tuple[int, int, int]], most: int) -> BlockCopies:
-  """Return the argument of load_blocks or save_blocks that makes all copies.
+  """Return the argument of load_blocks, save_blocks or save_reply that makes all copies.
 
   Args:
     copies: (row, index, block) of each copy, in order.

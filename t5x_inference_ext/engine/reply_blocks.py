@@ -5,17 +5,13 @@ values are written by decode steps, so they are only in the slot's pages, in the
 copy moves them to the prefill layout, in which the store has its blocks: insertion backwards.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-import numpy as np
 
 from t5x_inference_ext.engine import cache_rows, prefix_store
-from t5x_inference_ext.engine.prefix_store import PrefixStore
+from t5x_inference_ext.engine.prefix_store import BlockCopies, PrefixStore
 from t5x_inference_ext.engine.slots import Slots
 from t5x_inference_ext.model import cache as kv_cache
 from t5x_inference_ext.model.cache import KeysValues
@@ -26,41 +22,13 @@ from t5x_inference_ext.model.weights import Weights
 REPLY_BLOCKS = 8  # maximum number of blocks in one copy; a longer reply takes several
 
 
-class ReplyBlocks(NamedTuple):
-  """Up to M blocks of a row to copy to the store.
-
-  Attributes:
-    pages: [M] int32. Page of the row that holds the block, numbered on the row's device.
-    indices: [M] int32. Index of the block in that page.
-    blocks: [M] int32. Index of the block in the store.
-    count: Scalar int32. Number of copies to make: the first `count` entries are valid.
-  """
-
-  pages: Any
-  indices: Any
-  blocks: Any
-  count: Any
-
-
-def reply_blocks(copies: Sequence[tuple[int, int, int]]) -> ReplyBlocks:
-  """Return the argument of save_reply that makes all copies, at most REPLY_BLOCKS.
-
-  Args:
-    copies: (page, index, block) of each copy.
-  """
-  padded = np.zeros((REPLY_BLOCKS, 3), np.int32)
-  padded[: len(copies)] = np.reshape(copies, (-1, 3))
-  pages, indices, blocks = np.ascontiguousarray(padded.T)
-  return ReplyBlocks(pages, indices, blocks, np.int32(len(copies)))
-
-
 def save_reply(
   model: Model,
   store: PrefixStore,
   weights: Weights,
   slots: Slots,
   slot: jax.Array,
-  copies: ReplyBlocks,
+  copies: BlockCopies,
   prompt_rows: int,
 ) -> PrefixStore:
   """Copy blocks of a slot's row into the store.
@@ -71,7 +39,7 @@ def save_reply(
     weights: Weights, for their shapes and shardings.
     slots: The slots.
     slot: The row's slot. If the row has failed, its blocks are marked as broken.
-    copies: Blocks to copy, all in the row's own pages.
+    copies: Up to REPLY_BLOCKS blocks to copy, all in the row's own pages.
     prompt_rows: R, rows of the prompts, as for the store. Static.
   """
   size = store.block_size
@@ -82,7 +50,7 @@ def save_reply(
   kv = jax.tree.map(lambda x: kv_cache.with_heads(x, held, wanted), kv)
   spec = prefix_store.store_spec(model, weights, prompt_rows)
 
-  def run(store: KeysValues, kv: KeysValues, copies: ReplyBlocks) -> KeysValues:
+  def run(store: KeysValues, kv: KeysValues, copies: BlockCopies) -> KeysValues:
     def write(i: jax.Array, store: KeysValues) -> KeysValues:
       block = cache_rows.read_block(kv, 0, i * size, size)
       return cache_rows.write_block(store, block, copies.blocks[i], 0)
@@ -99,17 +67,17 @@ def save_reply(
 
 
 def _gathered(
-  model: Model, weights: Weights, cache: PagedCache, row: jax.Array, copies: ReplyBlocks, size: int
+  model: Model, weights: Weights, cache: PagedCache, row: jax.Array, copies: BlockCopies, size: int
 ) -> KeysValues:
   """Return a row's blocks one after the other, [.., 1, K, M * P, Q], with heads as in `cache`."""
   axes, spec, row_spec = cache_rows.specs(model, cache, weights)
 
-  def run(pool: KeysValues, lengths: jax.Array, row: jax.Array, copies: ReplyBlocks) -> KeysValues:
+  def run(pool: KeysValues, lengths: jax.Array, row: jax.Array, copies: BlockCopies) -> KeysValues:
     _, mine = cache_rows.local_index(lengths.shape[0], axes, row)
 
     def read(i: jax.Array, found: KeysValues) -> KeysValues:
       # The multiplication comes last, so that the compiler can see that the start is tile-aligned.
-      block = cache_rows.read_block(pool, copies.pages[i], copies.indices[i] * size, size)
+      block = cache_rows.read_block(pool, copies.rows[i], copies.indices[i] * size, size)
       return cache_rows.write_block(found, block, 0, i * size)
 
     def empty(x: jax.Array) -> jax.Array:

@@ -143,10 +143,14 @@ class PassCase:
     return self.context + self.padded - self.length
 
   @property
+  def packing(self) -> tuple[ModelConfig, bool, Mesh, str]:
+    """The arguments of packed_weights, all that the packed weights depend on."""
+    return self.config, self.layout.feedforward == 'ws_1d', self.mesh, self.weights
+
+  @property
   def tensors(self) -> dict[str, PackedTensor]:
     """The weights as packed on the chips, including padding and copies of heads."""
-    one_dimensional = self.layout.feedforward == 'ws_1d'
-    return packed_weights(self.config, one_dimensional, self.mesh, self.weights)
+    return packed_weights(*self.packing)
 
   @property
   def head(self) -> PackedTensor:
@@ -156,8 +160,7 @@ class PassCase:
   @property
   def weight_bytes(self) -> dict[str, float]:
     """Bytes of a weight element of each array of matrices, by name."""
-    one_dimensional = self.layout.feedforward == 'ws_1d'
-    return _matrix_bytes(self.config, one_dimensional, self.mesh, self.weights)
+    return _matrix_bytes(*self.packing)
 
   @property
   def collectives(self) -> tuple[list[Collective], list[Collective]]:

@@ -121,8 +121,7 @@ class StoredWeights(NamedTuple):
 
 def stored_weights(case: PassCase) -> StoredWeights:
   """Return the sizes of the stored weights, which do not depend on rows, positions or phase."""
-  one_dimensional = case.layout.feedforward == 'ws_1d'
-  return _stored_weights(case.config, one_dimensional, case.mesh, case.weights)
+  return _stored_weights(*case.packing)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5x_inference_ext.engine.prefix_store import BlockCopies
-from t5x_inference_ext.engine.reply_blocks import ReplyBlocks
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slots import RowPages, SlotPages, StepsOutput, StepsWork
 from t5x_inference_ext.engine.state import ChosenTokens, RowParams
@@ -161,7 +160,7 @@ class ClockExecutor:
     pending = self._output(self._begin(seconds), self._config.most_tokens, counts, self._left)
     return pending._replace(output=pending.output._replace(work=work))
 
-  def save_reply(self, slot: int, copies: ReplyBlocks) -> None:
+  def save_reply(self, slot: int, copies: BlockCopies) -> None:
     """Advance the clock by copies into the prefix store, at the price of a prompt's."""
     del slot
     self._start('save_blocks', blocks=int(copies.count))

@@ -24,7 +24,7 @@ class Recorder:
     )
 
   def save_reply(self, slot, copies):
-    found = [*zip(copies.pages.tolist(), copies.indices.tolist(), copies.blocks.tolist())]
+    found = [*zip(copies.rows.tolist(), copies.indices.tolist(), copies.blocks.tolist())]
     self.replies.append((slot, found[: int(copies.count)]))
 
 

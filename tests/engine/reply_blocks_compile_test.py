@@ -38,7 +38,7 @@ def test_copies_are_in_place_on_tpus(cache, prefill):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays)
 
   store = jax.tree.map(place, prefix_store.store_spec(model, weights, rows), store)
-  copies = reply_blocks.reply_blocks([(1, 0, 0)])
+  copies = prefix_store.block_copies([(1, 0, 0)], reply_blocks.REPLY_BLOCKS)
   lowered = programs.save_reply.lower(
     model, store, weights, slots, np.int32(0), copies, prompt_rows=rows
   )
